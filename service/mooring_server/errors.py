@@ -1,0 +1,136 @@
+"""Typed errors of every layer below the gRPC edge.
+
+One exception class with a *bounded* reason (mirrored by the proto enum `mooring.v1.ErrorReason`), so that
+storage, engine, training and evaluation can say precisely what is wrong without knowing gRPC. `rpc/status.py`
+maps them to a status with `google.rpc.ErrorInfo`; the CLI prints message and remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """The canonical gRPC status codes this service answers with."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    CANCELLED = "CANCELLED"
+    ABORTED = "ABORTED"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    UNAVAILABLE = "UNAVAILABLE"
+    INTERNAL = "INTERNAL"
+
+
+class Reason(StrEnum):
+    """Machine-readable causes; each has exactly one status code (see `REASON_CODE`)."""
+
+    INVALID_FIELD = "INVALID_FIELD"
+    EMPTY_PROMPT = "EMPTY_PROMPT"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    UNKNOWN_PLACEHOLDER = "UNKNOWN_PLACEHOLDER"
+    STEPS_OUT_OF_RANGE = "STEPS_OUT_OF_RANGE"
+    SIZE_NOT_SUPPORTED = "SIZE_NOT_SUPPORTED"
+    BAD_RESOURCE_NAME = "BAD_RESOURCE_NAME"
+    BAD_PAGE_TOKEN = "BAD_PAGE_TOKEN"  # noqa: S105 - a reason, not a secret
+    BAD_IMAGE = "BAD_IMAGE"
+    IMAGE_TOO_LARGE = "IMAGE_TOO_LARGE"
+    DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    RIGHTS_REQUIRED = "RIGHTS_REQUIRED"
+    SUBJECT_NOT_FOUND = "SUBJECT_NOT_FOUND"
+    SUBJECT_HAS_NO_PHOTOS = "SUBJECT_HAS_NO_PHOTOS"
+    TOO_MANY_PHOTOS = "TOO_MANY_PHOTOS"
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
+    ADAPTER_IN_USE = "ADAPTER_IN_USE"
+    ADAPTER_KEYS_UNMATCHED = "ADAPTER_KEYS_UNMATCHED"
+    ADAPTER_NOT_FINITE = "ADAPTER_NOT_FINITE"
+    ADAPTER_RANK_TOO_LARGE = "ADAPTER_RANK_TOO_LARGE"
+    BASE_DIGEST_MISMATCH = "BASE_DIGEST_MISMATCH"
+    BASE_NOT_USABLE = "BASE_NOT_USABLE"
+    JOB_NOT_FOUND = "JOB_NOT_FOUND"
+    JOB_NOT_CANCELLABLE = "JOB_NOT_CANCELLABLE"
+    REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    TRAINING_DIVERGED = "TRAINING_DIVERGED"
+    CHECKPOINT_NOT_USABLE = "CHECKPOINT_NOT_USABLE"
+    JUDGES_NOT_AVAILABLE = "JUDGES_NOT_AVAILABLE"
+    QUEUE_FULL = "QUEUE_FULL"
+    NOT_ALLOWED = "NOT_ALLOWED"
+    CANCELLED = "CANCELLED"
+    DRAINING = "DRAINING"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    INTERNAL = "INTERNAL"
+
+
+_INVALID = (
+    "INVALID_FIELD EMPTY_PROMPT PROMPT_TOO_LONG UNKNOWN_PLACEHOLDER SIZE_NOT_SUPPORTED BAD_RESOURCE_NAME "
+    "BAD_PAGE_TOKEN BAD_IMAGE IMAGE_TOO_LARGE DIGEST_MISMATCH RIGHTS_REQUIRED ADAPTER_KEYS_UNMATCHED "
+    "ADAPTER_NOT_FINITE ADAPTER_RANK_TOO_LARGE"
+)
+_PRECONDITION = (
+    "SUBJECT_HAS_NO_PHOTOS TOO_MANY_PHOTOS ADAPTER_IN_USE BASE_DIGEST_MISMATCH BASE_NOT_USABLE "
+    "JOB_NOT_CANCELLABLE TRAINING_DIVERGED CHECKPOINT_NOT_USABLE JUDGES_NOT_AVAILABLE"
+)
+REASON_CODE: dict[Reason, Code] = {
+    **{Reason(name): Code.INVALID_ARGUMENT for name in _INVALID.split()},
+    **{Reason(name): Code.FAILED_PRECONDITION for name in _PRECONDITION.split()},
+    Reason.STEPS_OUT_OF_RANGE: Code.OUT_OF_RANGE,
+    Reason.SUBJECT_NOT_FOUND: Code.NOT_FOUND,
+    Reason.ADAPTER_NOT_FOUND: Code.NOT_FOUND,
+    Reason.JOB_NOT_FOUND: Code.NOT_FOUND,
+    Reason.REQUEST_ID_REUSED: Code.ALREADY_EXISTS,
+    Reason.ALREADY_EXISTS: Code.ALREADY_EXISTS,
+    Reason.QUEUE_FULL: Code.RESOURCE_EXHAUSTED,
+    Reason.OUT_OF_MEMORY: Code.RESOURCE_EXHAUSTED,
+    Reason.NOT_ALLOWED: Code.PERMISSION_DENIED,
+    Reason.CANCELLED: Code.CANCELLED,
+    Reason.DRAINING: Code.UNAVAILABLE,
+    Reason.INTERNAL: Code.INTERNAL,
+}
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One field of a request and what is wrong with it (becomes `BadRequest.FieldViolation`)."""
+
+    field: str
+    description: str
+
+
+class MooringError(Exception):
+    """What a caller did or met, with its reason, a remedy and the request's faulty fields.
+
+    Args:
+        reason: bounded cause; decides the status code.
+        message: what is wrong, in one sentence, naming the offending value.
+        remedy: what to do about it; shown after the message.
+        metadata: short strings for `ErrorInfo.metadata` (limits, found and expected values).
+        fields: field violations for INVALID_ARGUMENT.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        remedy: str = "",
+        metadata: Mapping[str, str] | None = None,
+        fields: Sequence[FieldViolation] = (),
+    ) -> None:
+        super().__init__(f"{message} {remedy}".strip())
+        self.reason = reason
+        self.message = message
+        self.remedy = remedy
+        self.metadata = dict(metadata or {})
+        self.fields = tuple(fields)
+
+    @property
+    def code(self) -> Code:
+        """The canonical status code that belongs to the reason."""
+        return REASON_CODE[self.reason]
