@@ -1,0 +1,204 @@
+"""The table that maps (layer, factor) to an offset of one flat buffer.
+
+Layers of equal shape lie next to each other at a constant stride, so a whole group is one strided view
+`[n, r, in]` / `[n, out, r]` of the buffer: batched products need no gather and no copy. The order of groups
+is a function of the set of shapes only, hence two processes that adapt the same modules agree on the layout.
+
+Shape legend: L layers, n layers of one shape, r rank, S slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from torch import Tensor
+
+ALIGNMENT = 8
+"""Offsets are multiples of 8 elements: 16 bytes in bf16 (128-bit loads), 32 bytes in float32."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One adapted matrix `W [out, in]`.
+
+    Args:
+        name: the module's dotted path; unique in a layout.
+        out: rows of W.
+        in_: columns of W (for a convolution: in · kh · kw, flattened).
+    """
+
+    name: str
+    out: int
+    in_: int
+
+
+@dataclass(frozen=True)
+class ShapeGroup:
+    """All layers of one shape: `n` blocks, `stride` elements apart, A then B in each.
+
+    Args:
+        out: rows of W.
+        in_: columns of W.
+        rank: rank of the layout.
+        indices: positions of these layers in `ArenaLayout.layers`, in buffer order.
+        offset: element at which the first block starts.
+        stride: elements from one block to the next.
+        b_offset: elements from a block's start to its B.
+    """
+
+    out: int
+    in_: int
+    rank: int
+    indices: tuple[int, ...]
+    offset: int
+    stride: int
+    b_offset: int
+
+    def views(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """Strided views of the group, no copy.
+
+        Args:
+            flat: buffer `[..., size]` whose last dimension is contiguous.
+
+        Returns:
+            A `[..., n, r, in]` and B `[..., n, out, r]`.
+        """
+        n = len(self.indices)
+        block = flat.narrow(-1, self.offset, n * self.stride).unflatten(-1, (n, self.stride))
+        a = block.narrow(-1, 0, self.rank * self.in_).unflatten(-1, (self.rank, self.in_))
+        b = block.narrow(-1, self.b_offset, self.out * self.rank).unflatten(-1, (self.out, self.rank))
+        return a, b
+
+
+class ArenaLayout:
+    """Offsets of the factors `A [r, in]` and `B [out, r]` of every adapted layer; `ΔW = B·A`.
+
+    Args:
+        layers: the adapted matrices; names must be unique, dimensions positive.
+        rank: common rank r ≥ 1 (smaller adapters are padded with zeros by the bank).
+
+    Attributes:
+        layers: the layers in the order given; per-layer results follow this order.
+        rank: r.
+        size: elements of one flat buffer, padding included. Padding is zero and stays zero.
+
+    Raises:
+        ValueError: on no layers, a repeated name, or a dimension below 1.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], rank: int) -> None:
+        if not layers:
+            raise ValueError("an arena layout needs at least one layer")
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, not {rank}")
+        names = [layer.name for layer in layers]
+        if len(set(names)) != len(names):
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"layer names must be unique; repeated: {', '.join(repeated)}")
+        for layer in layers:
+            if layer.out < 1 or layer.in_ < 1:
+                raise ValueError(f"{layer.name}: dimensions must be positive, not {layer.out} x {layer.in_}")
+        self.layers = tuple(layers)
+        self.rank = rank
+        self.groups, self.size = self._place()
+
+    def _place(self) -> tuple[tuple[ShapeGroup, ...], int]:
+        groups: list[ShapeGroup] = []
+        offset = 0
+        for out, in_ in sorted({(layer.out, layer.in_) for layer in self.layers}):
+            members = tuple(i for i, layer in enumerate(self.layers) if (layer.out, layer.in_) == (out, in_))
+            b_offset = _align(self.rank * in_)
+            stride = b_offset + _align(self.rank * out)
+            groups.append(ShapeGroup(out, in_, self.rank, members, offset, stride, b_offset))
+            offset += stride * len(members)
+        return tuple(groups), offset
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Layer names, in the order of `layers`."""
+        return tuple(layer.name for layer in self.layers)
+
+    @cached_property
+    def offsets(self) -> dict[str, tuple[int, int]]:
+        """Element offsets `(A, B)` of each layer, by name."""
+        found: dict[str, tuple[int, int]] = {}
+        for group in self.groups:
+            for k, index in enumerate(group.indices):
+                start = group.offset + k * group.stride
+                found[self.layers[index].name] = (start, start + group.b_offset)
+        return {name: found[name] for name in self.names}
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:…` of the layout: equal digests mean that buffers can be exchanged byte for byte."""
+        return "sha256:" + hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def views(self, flat: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each layer's factors as views of `flat`, no copy.
+
+        Args:
+            flat: `[size]`, or `[S, size]` for a whole bank; last dimension contiguous.
+
+        Returns:
+            name → (A `[..., r, in]`, B `[..., out, r]`), in the order of `layers`.
+
+        Raises:
+            ValueError: when the last dimension is not `size`.
+        """
+        if flat.shape[-1] != self.size:
+            raise ValueError(f"this layout's buffers have {self.size} elements, not {flat.shape[-1]}")
+        shaped: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            a_at, b_at = self.offsets[layer.name]
+            shaped[layer.name] = (
+                _view(flat, a_at, (self.rank, layer.in_)),
+                _view(flat, b_at, (layer.out, self.rank)),
+            )
+        return shaped
+
+    def to_json(self) -> str:
+        """Canonical JSON of the layout; `from_json` is its inverse."""
+        layers = [[layer.name, layer.out, layer.in_] for layer in self.layers]
+        return json.dumps({"rank": self.rank, "layers": layers}, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> ArenaLayout:
+        """Rebuild a layout.
+
+        Args:
+            text: what `to_json` wrote.
+
+        Raises:
+            ValueError: when the text is not such a document.
+        """
+        try:
+            document = json.loads(text)
+            layers = [LayerShape(str(name), int(out), int(in_)) for name, out, in_ in document["layers"]]
+            rank = int(document["rank"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not an arena layout: {error}") from error
+        return ArenaLayout(layers, rank)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ArenaLayout):
+            return NotImplemented
+        return self.rank == other.rank and self.layers == other.layers
+
+    def __hash__(self) -> int:
+        return hash((self.rank, self.layers))
+
+    def __repr__(self) -> str:
+        return f"ArenaLayout({len(self.layers)} layers, rank {self.rank}, {self.size} elements)"
+
+
+def _align(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
+
+
+def _view(flat: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
+    return flat.narrow(-1, offset, prod(shape)).unflatten(-1, shape)
