@@ -1,0 +1,1 @@
+"""What an adapter does to the base: drift probe, judges, metrics, certificate, report."""

@@ -1,0 +1,88 @@
+"""Where a measurement looks: random numbers by counter, stratified timesteps, prompt order, and its interval.
+
+Pure functions of seeds, so that a probe can be named by a digest and a resumed run measures the same points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BOOTSTRAP_RESAMPLES = 2000
+
+
+def counter_generator(seed: int, *path: object) -> torch.Generator:
+    """A CPU generator that depends on the seed and the path only: point 7 is the same however many exist."""
+    digest = hashlib.sha256(json.dumps([seed, *map(str, path)]).encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def stratified_timesteps(prompts: int, rounds: int, train_timesteps: int, seed: int) -> Tensor:
+    """Timesteps [rounds·prompts] for points ordered round by round, prompt by prompt.
+
+    A Latin square: over its `rounds` points every prompt visits each of `rounds` equal bands of [0, T) once,
+    and inside one round the prompts share the bands evenly. Within a band the prompts sit in different
+    cells, visited in golden-ratio order, so that a short run of consecutive points is spread as well.
+    """
+    cells = -(-prompts // rounds)
+    golden = sorted(range(cells), key=lambda i: (i * 0.6180339887498949) % 1.0)
+    order = [golden.index(i) for i in range(cells)]
+    jitter = torch.rand(rounds, prompts, generator=counter_generator(seed, "timesteps"), dtype=torch.float64)
+    position = torch.empty(rounds, prompts, dtype=torch.float64)
+    for round_ in range(rounds):
+        for prompt in range(prompts):
+            band = (prompt + round_) % rounds
+            cell = (order[prompt // rounds] + float(jitter[round_, prompt])) / cells
+            position[round_, prompt] = (band + cell) / rounds
+    return (position.flatten() * train_timesteps).long().clamp_(0, train_timesteps - 1)
+
+
+def bootstrap_ratio(
+    numerator: Tensor,
+    denominator: Tensor,
+    clusters: Tensor,
+    *,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Ratio of sums with its 95 % percentile interval, resampling whole clusters, both sums paired.
+
+    Points of one prompt share an image and are not independent, so prompts are what is resampled (Efron and
+    Tibshirani, An Introduction to the Bootstrap, ch. 8). With few prompts the interval is too narrow rather
+    than too wide: use at least a dozen.
+
+    Args:
+        numerator: [N] per-point values.
+        denominator: [N] per-point values, positive in sum.
+        clusters: [N] integer cluster of each point.
+        resamples: bootstrap replicates.
+        seed: of the resampling.
+
+    Returns:
+        (ratio, low, high).
+    """
+    labels, index = clusters.unique(return_inverse=True)
+    count = int(labels.numel())
+    sums = torch.zeros(2, count, dtype=torch.float64)
+    sums[0].index_add_(0, index, numerator.double().cpu())
+    sums[1].index_add_(0, index, denominator.double().cpu())
+    ratio = float(sums[0].sum() / sums[1].sum())
+    drawn = torch.randint(count, (resamples, count), generator=counter_generator(seed, "bootstrap"))
+    replicates = sums[0][drawn].sum(1) / sums[1][drawn].sum(1)
+    low, high = replicates.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ratio, low, high
+
+
+def interleave(generic: Sequence[str], class_: Sequence[str]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """Both lists without repeats, the shorter spread evenly through the longer."""
+    placed = [
+        ((i + 0.5) / len(unique), is_class, prompt)
+        for unique, is_class in ((list(dict.fromkeys(generic)), False), (list(dict.fromkeys(class_)), True))
+        for i, prompt in enumerate(unique)
+    ]
+    placed.sort(key=lambda item: item[:2])
+    return tuple(prompt for _, _, prompt in placed), tuple(is_class for _, is_class, _ in placed)
