@@ -69,10 +69,8 @@ class ShapeGroup:
             A `[..., n, r, in]` and B `[..., n, out, r]`.
         """
         n = len(self.indices)
-        block = flat.narrow(-1, self.offset, n * self.stride).unflatten(-1, (n, self.stride))
-        a = block.narrow(-1, 0, self.rank * self.in_).unflatten(-1, (self.rank, self.in_))
-        b = block.narrow(-1, self.b_offset, self.out * self.rank).unflatten(-1, (self.out, self.rank))
-        return a, b
+        block = _view(flat, self.offset, (n, self.stride))
+        return _view(block, 0, (self.rank, self.in_)), _view(block, self.b_offset, (self.out, self.rank))
 
 
 class ArenaLayout:
@@ -201,4 +199,4 @@ def _align(elements: int) -> int:
 
 
 def _view(flat: Tensor, offset: int, shape: tuple[int, int]) -> Tensor:
-    return flat.narrow(-1, offset, prod(shape)).unflatten(-1, shape)
+    return flat.narrow(-1, offset, prod(shape)).view(*flat.shape[:-1], *shape)
