@@ -1,0 +1,80 @@
+# Mooring. Two commands matter on a machine with nothing but Python >= 3.11 and make:
+#
+#     make demo    sets everything up, trains an unprotected and a moored adapter, shows them side by side
+#     make test    sets everything up, runs the linters, the type checker and every test that is not slow
+#
+# Everything lands in .venv; `make clean-venv` removes it. The set-up is a no-op while requirements/ and the
+# three pyproject.toml are unchanged.
+
+SHELL   := /bin/sh
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.mooring-installed
+PYTHON  ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+
+# One thread per process: two OpenMP threads on a busy two-core machine spin on each other and a small UNet
+# step takes 16 times as long. The server chooses its own thread count (MOORING_THREADS).
+TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST_ARGS ?=
+
+# uv does not read pip's settings: an index that pip was pointed at by its environment is handed on.
+ifdef PIP_INDEX_URL
+export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+endif
+export UV_HTTP_TIMEOUT ?= 180
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all bench lint format proto requirements clean-venv
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with everything pinned and hashed
+
+$(STAMP): requirements/bootstrap.txt requirements/dev.txt pyproject.toml clients/python/pyproject.toml kernels/pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Mooring needs Python >= 3.11 on the PATH (or: make PYTHON=/path/to/python3)." >&2; exit 1; }
+	@echo "==> virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "Python cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@echo "==> uv, the installer"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	@echo "==> pinned and hashed requirements (4.8 GB with CUDA libraries; minutes on a slow line)"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --require-hashes -r requirements/dev.txt
+	@echo "==> mooring, mooring-kernels, mooring-server (editable)"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation -e clients/python -e kernels -e .
+	@touch $@
+	@echo "==> ready: $(BIN)/mooring --help"
+
+demo: $(STAMP) ## train none and moored on the shipped photos, compare with the base (about 6 minutes on 2 cores)
+	@$(BIN)/mooring demo
+
+test: lint ## linters, types and every test that is not slow
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: lint ## the same with the slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff and mypy (buf lint and breaking-change check are tests)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy service/mooring_server kernels/mooring_kernels clients/python/mooring benchmarks
+
+format: $(STAMP) ## let ruff fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the table of drift against budget (hours on 2 cores; see benchmarks/)
+	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
+
+proto: $(STAMP) ## generate the Python stubs from proto/
+	$(BIN)/python -m tools.generate_stubs
+
+requirements: $(STAMP) ## resolve requirements/*.in again into pinned, hashed files
+	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes requirements/bootstrap.in -o requirements/bootstrap.txt
+	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes requirements/dev.in -o requirements/dev.txt
+
+clean-venv: ## remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,121 @@
+"""What every committed file keeps to: length, no machine paths, no registry addresses, licences."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LONGEST = 700
+DISTRIBUTIONS = ["pyproject.toml", "clients/python/pyproject.toml", "kernels/pyproject.toml"]
+MACHINE_PATHS = re.compile(r"(?<![\w./<~-])/(work|root|Users)/|/home/\w|/opt/wheels")
+REGISTRIES = re.compile(r"\b(pypi\.org|pythonhosted\.org|npmjs\.(org|com)|artifactory)\b")
+
+
+def committed() -> list[Path]:
+    """Files under version control, or everything outside ignored folders where there is no git."""
+    try:
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout.decode()
+    except (OSError, subprocess.CalledProcessError):
+        ignored = {".venv", ".cache", ".git", "demo", "__pycache__", ".hypothesis"}
+        return [p for p in ROOT.rglob("*") if p.is_file() and not ignored & set(p.relative_to(ROOT).parts)]
+    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+def texts() -> list[tuple[Path, str]]:
+    """Committed files that are text, with their content."""
+    found = []
+    for path in committed():
+        try:
+            found.append((path, path.read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            continue
+    return found
+
+
+def generated(path: Path) -> bool:
+    """Whether a file is written by a tool."""
+    return "mooring/v1" in path.as_posix() and path.suffix in {".py", ".pyi"}
+
+
+def test_no_source_file_is_longer_than_a_reader_can_hold() -> None:
+    too_long = {
+        str(path.relative_to(ROOT)): lines
+        for path, text in texts()
+        if path.suffix in {".py", ".proto", ".sh"} and not generated(path)
+        if (lines := text.count("\n")) > LONGEST
+    }
+    assert not too_long
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"), [("machine path", MACHINE_PATHS), ("registry address", REGISTRIES)]
+)
+def test_no_committed_file_names_a_machine_or_a_registry(what: str, pattern: re.Pattern[str]) -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path, text in texts()
+        if path != Path(__file__)  # it holds the patterns
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, f"{what} in committed files"
+
+
+def test_the_patterns_find_what_they_look_for() -> None:
+    assert MACHINE_PATHS.search("open('/root/x')")
+    assert MACHINE_PATHS.search("cd /work/main")
+    assert not MACHINE_PATHS.search("clients/work/x and $HOME/x")
+    assert REGISTRIES.search("https://pypi.org/simple")
+
+
+def test_licence_is_there_and_declared_by_every_distribution() -> None:
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence
+    assert "Version 2.0" in licence
+    for name in DISTRIBUTIONS:
+        project = tomllib.loads((ROOT / name).read_text(encoding="utf-8"))["project"]
+        assert project["license"] == "Apache-2.0", name
+
+
+def test_versions_of_the_distributions_agree() -> None:
+    versions = {
+        name: tomllib.loads((ROOT / name).read_text(encoding="utf-8"))["project"]["version"]
+        for name in DISTRIBUTIONS
+    }
+    assert len(set(versions.values())) == 1, versions
+
+
+def test_no_lock_files_with_download_addresses() -> None:
+    forbidden = {"uv.lock", "poetry.lock", "package-lock.json", "yarn.lock", "pnpm-lock.yaml", "Pipfile.lock"}
+    assert not [str(path) for path in committed() if path.name in forbidden]
+
+
+@pytest.mark.parametrize("name", ["bootstrap", "dev"])
+def test_requirements_are_pinned_and_hashed(name: str) -> None:
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=[A-Za-z0-9])", text)[1:]  # the first piece is the header
+    assert entries
+    loose = [e.split()[0] for e in entries if not re.match(r"\S+==\S+[^\\]*\\\n +--hash=sha256:\w{64}", e)]
+    assert not loose
+
+
+def test_every_direct_requirement_is_resolved() -> None:
+    resolved = set(
+        re.findall(r"^([A-Za-z0-9_.-]+)==", (ROOT / "requirements/dev.txt").read_text("utf-8"), re.MULTILINE)
+    )
+    wanted = set()
+    for name in ("runtime.in", "dev.in"):
+        for line in (ROOT / "requirements" / name).read_text("utf-8").splitlines():
+            if line and not line.startswith(("#", "-r")):
+                wanted.add(re.split(r"[=<>;\[ ]", line)[0].replace("_", "-").lower())
+    assert wanted <= {name.replace("_", "-").lower() for name in resolved}
