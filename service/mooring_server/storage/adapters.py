@@ -1,0 +1,202 @@
+"""Adapters: immutable versions, published row last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, tuple_, update
+
+from mooring_server.errors import MooringError, Reason
+from mooring_server.storage import schema
+from mooring_server.storage.database import insert_row
+from mooring_server.storage.jobs import Jobs
+from mooring_server.storage.models import Adapter, Document, JobState
+
+
+class Adapters(Jobs):
+    """Adapter rows. The safetensors file is in the object store before its row is added here."""
+
+    def publish_adapter(
+        self,
+        tenant: str,
+        adapter_id: str,
+        *,
+        object_key: str,
+        digest: str,
+        base_digest: str,
+        rank: int,
+        size_bytes: int,
+        class_noun: str,
+        placeholder: str,
+        rights: Document,
+        certificate: Document,
+        summary: Document,
+        subject_id: str = "",
+        job_id: str | None = None,
+        lease: str = "",
+        request_id: str = "",
+    ) -> Adapter:
+        """Add the next version of an adapter.
+
+        With a `job_id` the lease is checked, and the job becomes SUCCEEDED with ``{"adapter": name, "digest",
+        "summary"}`` as its result, all in one transaction: a job publishes exactly once, and there is no
+        moment at which the adapter exists and its job could run again.
+
+        Args:
+            tenant: whose it is.
+            adapter_id: its id; the version number is given here.
+            object_key: where the safetensors file is.
+            digest: of its canonical tensors.
+            base_digest: of the base model it belongs to.
+            rank: largest rank of its layers.
+            size_bytes: of the file.
+            class_noun: of the subject.
+            placeholder: token of the subject.
+            rights: the subject's declaration, copied.
+            certificate: as built by evaluation.
+            summary: training figures to show in lists.
+            subject_id: what it was trained on; "" for an import.
+            job_id: the job that made it; None for an import.
+            lease: the runner's claim on that job.
+            request_id: makes an import idempotent.
+
+        Raises:
+            LeaseLostError: the job is no longer this runner's.
+            MooringError: REQUEST_ID_REUSED.
+        """
+        with self.writing() as connection:
+            payload = [adapter_id, digest, base_digest]
+            made_before = self.replayed(
+                connection, tenant, "ImportAdapter", request_id, payload=payload, resource=object_key
+            )
+            if made_before:
+                return _adapter(self._one(connection, tenant, adapter_id, object_key=made_before))
+            job = None if job_id is None else self._held(connection, tenant, job_id, lease)
+            heads = schema.adapter_heads
+            bump = self.upsert(heads).values(tenant=tenant, adapter_id=adapter_id, last_version=1)
+            bump = bump.on_conflict_do_update(
+                index_elements=[heads.c.tenant, heads.c.adapter_id],
+                set_={"last_version": heads.c.last_version + 1},
+            )
+            version = connection.execute(bump.returning(heads.c.last_version)).scalar_one()
+            adapter = Adapter(
+                tenant=tenant,
+                adapter_id=adapter_id,
+                version=version,
+                object_key=object_key,
+                digest=digest,
+                base_digest=base_digest,
+                rank=rank,
+                size_bytes=size_bytes,
+                subject_id=subject_id,
+                job_id=job_id or "",
+                class_noun=class_noun,
+                placeholder=placeholder,
+                rights=rights,
+                certificate=certificate,
+                summary=summary,
+                create_time=self.now(connection),
+                delete_time=None,
+            )
+            # NULL, not "", for an import: the uniqueness of (tenant, job_id) must not bind imports.
+            insert_row(connection, schema.adapters, vars(adapter) | {"job_id": job_id})
+            if job is not None:
+                result = {"adapter": adapter.name, "digest": digest, "summary": summary}
+                self._finish(connection, job, JobState.SUCCEEDED, result=result, error=None)
+        if job_id is not None:
+            self._notify(tenant, job_id)
+        return adapter
+
+    def get_adapter(self, tenant: str, adapter_id: str, version: int | None = None) -> Adapter:
+        """That version, or the newest one that is not deleted. Raises ADAPTER_NOT_FOUND."""
+        with self.reading() as connection:
+            return _adapter(self._one(connection, tenant, adapter_id, version=version))
+
+    def list_adapters(
+        self,
+        tenant: str,
+        *,
+        adapter_id: str = "",
+        subject_id: str = "",
+        page_size: int = 0,
+        page_token: str = "",
+    ) -> tuple[list[Adapter], str]:
+        """Versions that are not deleted, by id and then newest first, and the next page's token.
+
+        Args:
+            tenant: whose adapters.
+            adapter_id: only this one's versions; all when "".
+            subject_id: only those trained on this subject; all when "".
+            page_size: 0 for the default.
+            page_token: from the page before, with the same other arguments.
+
+        Raises:
+            MooringError: BAD_PAGE_TOKEN.
+        """
+        table = schema.adapters
+        signature = ["adapters", tenant, adapter_id, subject_id]
+        size, cursor, next_token = self.page(page_size, page_token, signature)
+        query = select(table).filter_by(tenant=tenant, delete_time=None).limit(size + 1)
+        query = query.order_by(table.c.adapter_id, table.c.version.desc())
+        if adapter_id:
+            query = query.filter_by(adapter_id=adapter_id)
+        if subject_id:
+            query = query.filter_by(subject_id=subject_id)
+        if cursor is not None:
+            query = query.where(tuple_(table.c.adapter_id, -table.c.version) > tuple_(cursor[0], -cursor[1]))
+        with self.reading() as connection:
+            rows = connection.execute(query).all()
+        adapters = [_adapter(row) for row in rows[:size]]
+        return adapters, next_token(rows, lambda row: [row.adapter_id, row.version])
+
+    def delete_adapter(self, tenant: str, adapter_id: str, version: int) -> Adapter:
+        """Leave a tombstone: the version is gone for everyone, and its number is never used again.
+
+        Returns:
+            The deleted version; its `object_key` may now be removed.
+
+        Raises:
+            MooringError: ADAPTER_NOT_FOUND.
+        """
+        table = schema.adapters
+        key = {"tenant": tenant, "adapter_id": adapter_id, "version": version, "delete_time": None}
+        with self.writing() as connection:
+            buried = update(table).filter_by(**key).values(delete_time=self.now(connection))
+            row = connection.execute(buried.returning(table)).one_or_none()
+            if row is None:
+                raise _not_found(f"{adapter_id}@{version}")
+            return _adapter(row)
+
+    def _one(
+        self,
+        connection: Connection,
+        tenant: str,
+        adapter_id: str,
+        *,
+        version: int | None = None,
+        object_key: str = "",
+    ) -> Row[Any]:
+        table = schema.adapters
+        query = select(table).filter_by(tenant=tenant, adapter_id=adapter_id, delete_time=None)
+        if version is not None:
+            query = query.filter_by(version=version)
+        if object_key:
+            query = query.filter_by(object_key=object_key)
+        row = connection.execute(query.order_by(table.c.version.desc()).limit(1)).one_or_none()
+        if row is None:
+            raise _not_found(adapter_id if version is None else f"{adapter_id}@{version}")
+        return row
+
+
+def _not_found(name: str) -> MooringError:
+    return MooringError(
+        Reason.ADAPTER_NOT_FOUND,
+        f"Adapter {name!r} does not exist.",
+        remedy="List the adapters, or train it first.",
+    )
+
+
+def _adapter(row: Row[Any]) -> Adapter:
+    values = dict(row._mapping)  # noqa: SLF001
+    values["job_id"] = values["job_id"] or ""
+    return Adapter(**values)

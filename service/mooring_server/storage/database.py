@@ -1,0 +1,242 @@
+"""The connection to SQLite or PostgreSQL, its transactions, and what every table shares.
+
+Two kinds of transaction:
+- `reading()`: a consistent snapshot (SQLite: deferred; PostgreSQL: repeatable read);
+- `writing()`: SQLite takes the write lock at once (BEGIN IMMEDIATE), so that nothing between a read and its
+  write can change and no upgrade deadlock exists; PostgreSQL locks the rows it reads with FOR UPDATE.
+
+SQLite runs in WAL mode with synchronous=FULL: a committed transaction survives a power cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+import unicodedata
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Insert,
+    Row,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    make_url,
+    select,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+
+from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.storage import schema
+from mooring_server.storage.pages import PageTokens
+
+_BUSY_TIMEOUT_SECONDS = 30.0
+_CREATE_LOCK = 0x4D6F6F72  # PostgreSQL advisory lock: one replica creates the tables
+DEFAULT_PAGE = 50
+MAX_PAGE = 1000
+
+
+class Database:
+    """One database, shared by all threads of the process.
+
+    Args:
+        url: ``sqlite:///<path>`` or ``postgresql://user@host/name``.
+        clock: seconds since the epoch, for tests. By default SQLite uses this machine's clock and PostgreSQL
+            its server's, so that replicas with skewed clocks agree on when a lease ends.
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock
+        self._engine = _open(url)
+        self._is_sqlite = self._engine.dialect.name == "sqlite"
+        snapshot = (
+            {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        )
+        self._reader = self._engine.execution_options(**snapshot)
+        self._writer = self._engine.execution_options(mooring_writes=True)
+        self._pages = PageTokens(self._create_tables())
+
+    def close(self) -> None:
+        """Close every pooled connection."""
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A read-only transaction on one snapshot."""
+        options = (
+            {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        )
+        with self._engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A write transaction: committed at the end of the block, rolled back when it raises."""
+        with self._writer.begin() as connection:
+            yield connection
+
+    def now(self, connection: Connection) -> float:
+        """Seconds since the epoch by the clock that all users of this database share."""
+        if self._clock is not None:
+            return self._clock()
+        if self._is_sqlite:
+            return time.time()
+        return float(connection.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
+
+    def upsert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
+        """An INSERT that can say ON CONFLICT, in the database's dialect."""
+        return sqlite.insert(table) if self._is_sqlite else postgresql.insert(table)
+
+    def replayed(
+        self, connection: Connection, tenant: str, rpc: str, request_id: str, *, payload: Any, resource: str
+    ) -> str | None:
+        """Record a request; return the resource that the same request made before, None when it is new.
+
+        Args:
+            connection: the write transaction that also creates the resource.
+            tenant: who asks.
+            rpc: which creating call; request ids of different calls are independent.
+            request_id: chosen by the caller; "" means that the call is not idempotent.
+            payload: everything that the caller asked for, JSON-serialisable.
+            resource: the id that the call is about to create.
+
+        Raises:
+            MooringError: REQUEST_ID_REUSED when the id came with another payload.
+        """
+        if not request_id:
+            return None
+        payload_hash = hashlib.sha256(_canonical(payload)).hexdigest()
+        key = {"tenant": tenant, "rpc": rpc, "request_id": request_id}
+        recorded = connection.execute(
+            self.upsert(schema.requests)
+            .values(**key, payload_hash=payload_hash, resource=resource, create_time=self.now(connection))
+            .on_conflict_do_nothing()
+            .returning(schema.requests.c.request_id)
+        )
+        if recorded.first() is not None:
+            return None
+        row = connection.execute(select(schema.requests).filter_by(**key)).one()
+        if row.payload_hash != payload_hash:
+            raise MooringError(
+                Reason.REQUEST_ID_REUSED,
+                f"request_id {request_id!r} was already used for another {rpc} request.",
+                remedy="Send a new request_id with a new request; repeat one only with the same request.",
+                fields=[FieldViolation("request_id", "used before with different fields")],
+            )
+        return str(row.resource)
+
+    def page(
+        self, page_size: int, page_token: str, query: Sequence[Any]
+    ) -> tuple[int, list[Any] | None, Callable[[Sequence[Row[Any]], Callable[[Row[Any]], list[Any]]], str]]:
+        """Check paging arguments.
+
+        Returns:
+            The number of rows to read (one more than a page, to learn whether another follows), the cursor
+            after which to read (None at the start), and the function that makes the next token.
+        """
+        if page_size < 0:
+            raise MooringError(
+                Reason.INVALID_FIELD,
+                f"page_size {page_size} is negative.",
+                remedy=f"Leave it 0 for {DEFAULT_PAGE}, or ask for up to {MAX_PAGE}.",
+                fields=[FieldViolation("page_size", "must not be negative")],
+            )
+        size = min(page_size or DEFAULT_PAGE, MAX_PAGE)
+        cursor = self._pages.read(page_token, query) if page_token else None
+
+        def next_token(rows: Sequence[Row[Any]], cursor_of: Callable[[Row[Any]], list[Any]]) -> str:
+            return self._pages.make(cursor_of(rows[size - 1]), query) if len(rows) > size else ""
+
+        return size, cursor, next_token
+
+    def _create_tables(self) -> bytes:
+        """Create what is missing, check the schema's version, return the page-token key."""
+        with self.writing() as connection:
+            if not self._is_sqlite:
+                connection.execute(select(func.pg_advisory_xact_lock(_CREATE_LOCK)))
+            schema.metadata.create_all(connection)
+            state = schema.server_state
+            known = {row.key: bytes(row.value) for row in connection.execute(select(state))}
+            defaults = {"schema": str(schema.SCHEMA_VERSION).encode(), "page_key": secrets.token_bytes(32)}
+            for key, value in defaults.items():
+                if key not in known:
+                    connection.execute(insert(state).values(key=key, value=value))
+                    known[key] = value
+        if known["schema"] != defaults["schema"]:
+            raise MooringError(
+                Reason.INTERNAL,
+                f"The database has schema {known['schema'].decode()}, not {schema.SCHEMA_VERSION}.",
+                remedy="Start the server version that made it, or point MOORING_STATE_DIR to a new folder.",
+            )
+        return known["page_key"]
+
+
+def new_id() -> str:
+    """A fresh server-made id: 32 hex digits, sorted by nothing, guessable by nobody."""
+    return uuid.uuid4().hex
+
+
+def insert_row(connection: Connection, table: Table, values: dict[str, Any]) -> None:
+    """Insert one row."""
+    statement: Insert = insert(table).values(**values)
+    connection.execute(statement)
+
+
+def check_text(field: str, value: str, *, limit: int) -> None:
+    """Refuse text that is too long or that holds control characters (PostgreSQL cannot store NUL).
+
+    Raises:
+        MooringError: INVALID_FIELD.
+    """
+    if len(value) > limit:
+        problem = f"{field} has {len(value)} characters; at most {limit} are taken."
+    elif any(unicodedata.category(character) in {"Cc", "Cs"} for character in value):
+        problem = f"{field} holds a control character."
+    else:
+        return
+    raise MooringError(Reason.INVALID_FIELD, problem, fields=[FieldViolation(field, problem)])
+
+
+def _canonical(payload: Any) -> bytes:
+    return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _open(url: str) -> Engine:
+    parsed = make_url(url)
+    dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+    if parsed.get_backend_name() == "postgresql":
+        return create_engine(
+            parsed.set(drivername="postgresql+psycopg"),
+            json_serializer=dumps,
+            pool_pre_ping=True,
+            pool_size=10,
+        )
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
+        raise ValueError(f"storage needs sqlite:///<path> or postgresql://…, not {url!r}")
+    Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        parsed, json_serializer=dumps, connect_args={"timeout": _BUSY_TIMEOUT_SECONDS}, pool_size=10
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("mooring_writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine

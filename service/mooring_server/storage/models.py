@@ -1,0 +1,166 @@
+"""The records the store hands out: plain frozen dataclasses, no SQL.
+
+Times are seconds since the Unix epoch (UTC) as floats; digests are ``sha256:<64 hex>``; documents (`rights`,
+`spec`, `certificate`, …) are JSON objects as Python dicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+Document: TypeAlias = dict[str, Any]
+
+
+class JobState(StrEnum):
+    """States of a job: PENDING → RUNNING → one of the three final ones.
+
+    RUNNING goes back to PENDING when its runner hands the job back (drain).
+    """
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+    @property
+    def final(self) -> bool:
+        """Whether the job can never change again."""
+        return self in FINAL_STATES
+
+
+FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Lease(StrEnum):
+    """What a heartbeat learns."""
+
+    HELD = "HELD"
+    CANCEL_REQUESTED = "CANCEL_REQUESTED"
+    LOST = "LOST"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to learn, as its tenant declared it."""
+
+    tenant: str
+    subject_id: str
+    uid: str
+    """Server-made id: the only part of a subject that ever becomes part of a storage path."""
+    display_name: str
+    class_noun: str
+    placeholder: str
+    rights: Document
+    photo_count: int
+    create_time: float
+
+
+@dataclass(frozen=True)
+class NewPhoto:
+    """A photo that was checked, re-encoded and put into the object store, about to get its row."""
+
+    filename: str
+    digest: str
+    object_key: str
+    width: int
+    height: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A stored photo; `position` is its place in upload order, which training follows."""
+
+    tenant: str
+    subject_id: str
+    position: int
+    filename: str
+    digest: str
+    object_key: str
+    width: int
+    height: int
+    size_bytes: int
+    create_time: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A long piece of work.
+
+    Attributes:
+        spec: what was asked for; immutable.
+        progress: payload of the newest progress event.
+        result: what a SUCCEEDED job made.
+        error: ``{"reason", "message", "remedy"}`` of a FAILED job.
+        last_event: sequence number of the newest event, 0 when there is none.
+        attempts: how often a runner claimed the job.
+        crashes: runners lost since the last checkpoint; the job fails when they become too many.
+        worker, lease, lease_expires: who runs it, the fencing token of that claim, and until when.
+    """
+
+    tenant: str
+    job_id: str
+    kind: str
+    spec: Document
+    state: JobState
+    cancel_requested: bool
+    progress: Document | None
+    result: Document | None
+    error: Document | None
+    last_event: int
+    attempts: int
+    crashes: int
+    worker: str
+    lease: str
+    lease_expires: float | None
+    create_time: float
+    update_time: float
+    start_time: float | None
+    end_time: float | None
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One entry of a job's history: `seq` counts 1, 2, 3, … without gaps within a job.
+
+    `kind` is "state" (payload ``{"state", "result"?, "error"?}``) or what the runner appends: "progress",
+    "preview".
+    """
+
+    tenant: str
+    job_id: str
+    seq: int
+    kind: str
+    payload: Document
+    time: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One immutable version of an adapter."""
+
+    tenant: str
+    adapter_id: str
+    version: int
+    object_key: str
+    digest: str
+    base_digest: str
+    rank: int
+    size_bytes: int
+    subject_id: str
+    job_id: str
+    class_noun: str
+    placeholder: str
+    rights: Document
+    certificate: Document
+    summary: Document
+    create_time: float
+    delete_time: float | None
+
+    @property
+    def name(self) -> str:
+        """``<adapter_id>@<version>``."""
+        return f"{self.adapter_id}@{self.version}"

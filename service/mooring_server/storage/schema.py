@@ -1,0 +1,161 @@
+"""Tables. Every row belongs to a tenant, and the tenant leads every key and index.
+
+Plain columns for what queries filter or order by; JSON documents for what they only carry. SQLite and
+PostgreSQL get the same schema. Times are doubles (seconds since the epoch).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects import postgresql
+
+SCHEMA_VERSION = 1
+
+metadata = MetaData()
+
+# Byte order in both databases, whatever PostgreSQL's locale: pages are ordered by ids.
+_ID = Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
+
+server_state = Table(
+    "server_state",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("value", LargeBinary, nullable=False),
+    comment="Schema version and the key that signs page tokens.",
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("rpc", Text, primary_key=True),
+    Column("request_id", Text, primary_key=True),
+    Column("payload_hash", Text, nullable=False),
+    Column("resource", Text, nullable=False),
+    Column("create_time", Double, nullable=False),
+    comment="Idempotency: what a request_id made, and from which payload.",
+)
+
+subjects = Table(
+    "subjects",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("subject_id", _ID, primary_key=True),
+    Column("uid", Text, nullable=False, unique=True),
+    Column("display_name", Text, nullable=False),
+    Column("class_noun", Text, nullable=False),
+    Column("placeholder", Text, nullable=False),
+    Column("rights", JSON, nullable=False),
+    Column("photo_count", Integer, nullable=False),
+    Column("next_position", Integer, nullable=False),
+    Column("create_time", Double, nullable=False),
+)
+
+photos = Table(
+    "photos",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("subject_id", _ID, primary_key=True),
+    Column("position", Integer, primary_key=True),
+    Column("filename", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("object_key", Text, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("create_time", Double, nullable=False),
+    ForeignKeyConstraint(
+        ["tenant", "subject_id"], ["subjects.tenant", "subjects.subject_id"], ondelete="CASCADE"
+    ),
+    UniqueConstraint("tenant", "subject_id", "digest"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("tenant", _ID, nullable=False),
+    Column("job_id", _ID, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("spec", JSON, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("cancel_requested", Boolean, nullable=False),
+    Column("progress", JSON),
+    Column("result", JSON),
+    Column("error", JSON),
+    Column("last_event", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("crashes", Integer, nullable=False),
+    Column("worker", Text, nullable=False),
+    Column("lease", Text, nullable=False),
+    Column("lease_expires", Double),
+    Column("create_time", Double, nullable=False),
+    Column("update_time", Double, nullable=False),
+    Column("start_time", Double),
+    Column("end_time", Double),
+    UniqueConstraint("tenant", "job_id"),
+    Index("jobs_by_tenant", "tenant", "number"),
+    Index("jobs_to_claim", "state", "lease_expires", "number"),
+    sqlite_autoincrement=True,  # a number is never given twice, so that page tokens stay valid
+)
+
+job_events = Table(
+    "job_events",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("job_id", _ID, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("payload", JSON, nullable=False),
+    Column("time", Double, nullable=False),
+    ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.job_id"], ondelete="CASCADE"),
+)
+
+adapter_heads = Table(
+    "adapter_heads",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("adapter_id", _ID, primary_key=True),
+    Column("last_version", Integer, nullable=False),
+    comment="The version counter: a version number is never used twice, even after deletion.",
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("adapter_id", _ID, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("object_key", Text, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("base_digest", Text, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("subject_id", _ID, nullable=False),
+    Column("job_id", _ID),
+    Column("class_noun", Text, nullable=False),
+    Column("placeholder", Text, nullable=False),
+    Column("rights", JSON, nullable=False),
+    Column("certificate", JSON, nullable=False),
+    Column("summary", JSON, nullable=False),
+    Column("create_time", Double, nullable=False),
+    Column("delete_time", Double),
+    ForeignKeyConstraint(
+        ["tenant", "adapter_id"], ["adapter_heads.tenant", "adapter_heads.adapter_id"], name="adapters_head"
+    ),
+    UniqueConstraint("tenant", "job_id"),  # a job publishes once, however often it is resumed
+)
