@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, tuple_, update
+from sqlalchemy import Connection, Row, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
@@ -121,7 +121,7 @@ class Adapters(Jobs):
         page_size: int = 0,
         page_token: str = "",
     ) -> tuple[list[Adapter], str]:
-        """Versions that are not deleted, by id and then newest first, and the next page's token.
+        """Versions that are not deleted, newest first, and the next page's token.
 
         Args:
             tenant: whose adapters.
@@ -137,35 +137,37 @@ class Adapters(Jobs):
         signature = ["adapters", tenant, adapter_id, subject_id]
         size, cursor, next_token = self.page(page_size, page_token, signature)
         query = select(table).filter_by(tenant=tenant, delete_time=None).limit(size + 1)
-        query = query.order_by(table.c.adapter_id, table.c.version.desc())
+        query = query.order_by(table.c.number.desc())
         if adapter_id:
             query = query.filter_by(adapter_id=adapter_id)
         if subject_id:
             query = query.filter_by(subject_id=subject_id)
         if cursor is not None:
-            query = query.where(tuple_(table.c.adapter_id, -table.c.version) > tuple_(cursor[0], -cursor[1]))
+            query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
         adapters = [_adapter(row) for row in rows[:size]]
-        return adapters, next_token(rows, lambda row: [row.adapter_id, row.version])
+        return adapters, next_token(rows, lambda row: [row.number])
 
-    def delete_adapter(self, tenant: str, adapter_id: str, version: int) -> Adapter:
-        """Leave a tombstone: the version is gone for everyone, and its number is never used again.
+    def delete_adapter(self, tenant: str, adapter_id: str, version: int | None = None) -> list[Adapter]:
+        """Leave a tombstone: the version (or all) is gone, and its number is never used again.
 
         Returns:
-            The deleted version; its `object_key` may now be removed.
+            The deleted versions; their `object_key`s may now be removed.
 
         Raises:
             MooringError: ADAPTER_NOT_FOUND.
         """
         table = schema.adapters
-        key = {"tenant": tenant, "adapter_id": adapter_id, "version": version, "delete_time": None}
+        key: dict[str, Any] = {"tenant": tenant, "adapter_id": adapter_id, "delete_time": None}
+        if version is not None:
+            key["version"] = version
         with self.writing() as connection:
             buried = update(table).filter_by(**key).values(delete_time=self.now(connection))
-            row = connection.execute(buried.returning(table)).one_or_none()
-            if row is None:
-                raise _not_found(f"{adapter_id}@{version}")
-            return _adapter(row)
+            rows = connection.execute(buried.returning(table)).all()
+        if not rows:
+            raise _not_found(adapter_id, version)
+        return [_adapter(row) for row in rows]
 
     def _one(
         self,
@@ -184,11 +186,12 @@ class Adapters(Jobs):
             query = query.filter_by(object_key=object_key)
         row = connection.execute(query.order_by(table.c.version.desc()).limit(1)).one_or_none()
         if row is None:
-            raise _not_found(adapter_id if version is None else f"{adapter_id}@{version}")
+            raise _not_found(adapter_id, version)
         return row
 
 
-def _not_found(name: str) -> MooringError:
+def _not_found(adapter_id: str, version: int | None) -> MooringError:
+    name = adapter_id if version is None else f"{adapter_id}@{version}"
     return MooringError(
         Reason.ADAPTER_NOT_FOUND,
         f"Adapter {name!r} does not exist.",
@@ -199,4 +202,5 @@ def _not_found(name: str) -> MooringError:
 def _adapter(row: Row[Any]) -> Adapter:
     values = dict(row._mapping)  # noqa: SLF001
     values["job_id"] = values["job_id"] or ""
+    del values["number"]
     return Adapter(**values)

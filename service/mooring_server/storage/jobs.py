@@ -244,7 +244,7 @@ class Jobs(Database):
             return Lease.CANCEL_REQUESTED if row.cancel_requested else Lease.HELD
 
     def append_event(self, tenant: str, job_id: str, lease: str, kind: str, payload: Document) -> int:
-        """Add an event to the history; "progress" also becomes the job's `progress`.
+        """Add an event to the history; "progress" also becomes the job's `progress`, less its "previews".
 
         Returns:
             Its sequence number.
@@ -255,7 +255,7 @@ class Jobs(Database):
         with self.writing() as connection:
             row = self._held(connection, tenant, job_id, lease)
             if kind == "progress":
-                self._set(connection, row, progress=payload)
+                self._set(connection, row, progress={k: v for k, v in payload.items() if k != "previews"})
             job = self._append(connection, tenant, job_id, kind, payload)
         self._notify(tenant, job_id)
         return job.last_event

@@ -1,7 +1,7 @@
 """The records the store hands out: plain frozen dataclasses, no SQL.
 
-Times are seconds since the Unix epoch (UTC) as floats; digests are ``sha256:<64 hex>``; documents (`rights`,
-`spec`, `certificate`, …) are JSON objects as Python dicts.
+Times are seconds since the Unix epoch (UTC) as floats; a `digest` is ``sha256:<64 hex>``; documents
+(`rights`, `spec`, `certificate`, …) are JSON objects as Python dicts.
 """
 
 from __future__ import annotations
@@ -60,10 +60,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class NewPhoto:
-    """A photo that was checked, re-encoded and put into the object store, about to get its row."""
+    """A photo that was checked, re-encoded and put into the object store, about to get its row.
+
+    `sha256` (64 hex digits) and `size_bytes` are of the file as uploaded; `width` and `height` of the stored
+    picture.
+    """
 
     filename: str
-    digest: str
+    sha256: str
     object_key: str
     width: int
     height: int
@@ -78,7 +82,7 @@ class Photo:
     subject_id: str
     position: int
     filename: str
-    digest: str
+    sha256: str
     object_key: str
     width: int
     height: int
@@ -92,7 +96,7 @@ class Job:
 
     Attributes:
         spec: what was asked for; immutable.
-        progress: payload of the newest progress event.
+        progress: payload of the newest progress event, without its previews.
         result: what a SUCCEEDED job made.
         error: ``{"reason", "message", "remedy"}`` of a FAILED job.
         last_event: sequence number of the newest event, 0 when there is none.
@@ -126,8 +130,7 @@ class Job:
 class JobEvent:
     """One entry of a job's history: `seq` counts 1, 2, 3, … without gaps within a job.
 
-    `kind` is "state" (payload ``{"state", "result"?, "error"?}``) or what the runner appends: "progress",
-    "preview".
+    `kind` is "state" (payload ``{"state", "result"?, "error"?}``) or "progress" (see `jobs.progress`).
     """
 
     tenant: str

@@ -30,6 +30,13 @@ metadata = MetaData()
 # Byte order in both databases, whatever PostgreSQL's locale: pages are ordered by ids.
 _ID = Text().with_variant(postgresql.TEXT(collation="C"), "postgresql")
 
+
+def _number() -> Column[int]:
+    """The order of creation, which lists follow; never given twice, so that page tokens stay valid."""
+    integer = BigInteger().with_variant(Integer, "sqlite")
+    return Column("number", integer, primary_key=True, autoincrement=True)
+
+
 server_state = Table(
     "server_state",
     metadata,
@@ -53,8 +60,9 @@ requests = Table(
 subjects = Table(
     "subjects",
     metadata,
-    Column("tenant", _ID, primary_key=True),
-    Column("subject_id", _ID, primary_key=True),
+    _number(),
+    Column("tenant", _ID, nullable=False),
+    Column("subject_id", _ID, nullable=False),
     Column("uid", Text, nullable=False, unique=True),
     Column("display_name", Text, nullable=False),
     Column("class_noun", Text, nullable=False),
@@ -63,6 +71,9 @@ subjects = Table(
     Column("photo_count", Integer, nullable=False),
     Column("next_position", Integer, nullable=False),
     Column("create_time", Double, nullable=False),
+    UniqueConstraint("tenant", "subject_id"),
+    Index("subjects_by_tenant", "tenant", "number"),
+    sqlite_autoincrement=True,
 )
 
 photos = Table(
@@ -72,7 +83,7 @@ photos = Table(
     Column("subject_id", _ID, primary_key=True),
     Column("position", Integer, primary_key=True),
     Column("filename", Text, nullable=False),
-    Column("digest", Text, nullable=False),
+    Column("sha256", Text, nullable=False),
     Column("object_key", Text, nullable=False),
     Column("width", Integer, nullable=False),
     Column("height", Integer, nullable=False),
@@ -81,13 +92,13 @@ photos = Table(
     ForeignKeyConstraint(
         ["tenant", "subject_id"], ["subjects.tenant", "subjects.subject_id"], ondelete="CASCADE"
     ),
-    UniqueConstraint("tenant", "subject_id", "digest"),
+    UniqueConstraint("tenant", "subject_id", "sha256"),
 )
 
 jobs = Table(
     "jobs",
     metadata,
-    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _number(),
     Column("tenant", _ID, nullable=False),
     Column("job_id", _ID, nullable=False),
     Column("kind", Text, nullable=False),
@@ -110,7 +121,7 @@ jobs = Table(
     UniqueConstraint("tenant", "job_id"),
     Index("jobs_by_tenant", "tenant", "number"),
     Index("jobs_to_claim", "state", "lease_expires", "number"),
-    sqlite_autoincrement=True,  # a number is never given twice, so that page tokens stay valid
+    sqlite_autoincrement=True,
 )
 
 job_events = Table(
@@ -137,9 +148,10 @@ adapter_heads = Table(
 adapters = Table(
     "adapters",
     metadata,
-    Column("tenant", _ID, primary_key=True),
-    Column("adapter_id", _ID, primary_key=True),
-    Column("version", Integer, primary_key=True),
+    _number(),
+    Column("tenant", _ID, nullable=False),
+    Column("adapter_id", _ID, nullable=False),
+    Column("version", Integer, nullable=False),
     Column("object_key", Text, nullable=False),
     Column("digest", Text, nullable=False),
     Column("base_digest", Text, nullable=False),
@@ -157,5 +169,8 @@ adapters = Table(
     ForeignKeyConstraint(
         ["tenant", "adapter_id"], ["adapter_heads.tenant", "adapter_heads.adapter_id"], name="adapters_head"
     ),
+    UniqueConstraint("tenant", "adapter_id", "version"),
+    Index("adapters_by_tenant", "tenant", "number"),
     UniqueConstraint("tenant", "job_id"),  # a job publishes once, however often it is resumed
+    sqlite_autoincrement=True,
 )

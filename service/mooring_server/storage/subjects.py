@@ -95,15 +95,15 @@ class Subjects(Database):
     def list_subjects(
         self, tenant: str, *, page_size: int = 0, page_token: str = ""
     ) -> tuple[list[Subject], str]:
-        """Subjects by id, and the next page's token ("" at the end). Raises BAD_PAGE_TOKEN."""
+        """Subjects, newest first, and the next page's token ("" at the end). Raises BAD_PAGE_TOKEN."""
         table = schema.subjects
         size, cursor, next_token = self.page(page_size, page_token, ["subjects", tenant])
-        query = select(table).filter_by(tenant=tenant).order_by(table.c.subject_id).limit(size + 1)
+        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(size + 1)
         if cursor is not None:
-            query = query.where(table.c.subject_id > cursor[0])
+            query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        return [_subject(row) for row in rows[:size]], next_token(rows, lambda row: [row.subject_id])
+        return [_subject(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
 
     def delete_subject(self, tenant: str, subject_id: str) -> list[str]:
         """Delete the subject with its photos' rows; returns the object keys that nothing refers to any more.
@@ -121,8 +121,8 @@ class Subjects(Database):
 
     def add_photos(
         self, tenant: str, subject_id: str, photos: Sequence[NewPhoto], *, request_id: str = ""
-    ) -> list[Photo]:
-        """Add photos, all or none; one that the subject already has (same digest) is not added twice.
+    ) -> tuple[list[Photo], int]:
+        """Add photos, all or none; one that the subject already has (same SHA-256) is not added twice.
 
         Args:
             tenant: whose subject it is.
@@ -131,27 +131,27 @@ class Subjects(Database):
             request_id: makes the call idempotent beyond the content addressing.
 
         Returns:
-            One row per given photo, in the given order.
+            One row per given photo, in the given order, and how many of them are new.
 
         Raises:
             MooringError: SUBJECT_NOT_FOUND, TOO_MANY_PHOTOS or REQUEST_ID_REUSED.
         """
-        payload = [subject_id, [[photo.filename, photo.digest] for photo in photos]]
+        payload = [subject_id, [photo.sha256 for photo in photos]]
         with self.writing() as connection:
             subject = self._subject_row(connection, tenant, subject_id, lock=True)
             self.replayed(
                 connection, tenant, "UploadPhotos", request_id, payload=payload, resource=subject_id
             )
-            known = {photo.digest: photo for photo in self._photos(connection, tenant, subject_id)}
-            now, position = self.now(connection), subject.next_position
+            known = {photo.sha256: photo for photo in self._photos(connection, tenant, subject_id)}
+            now, position, before = self.now(connection), subject.next_position, len(known)
             for photo in photos:
-                if photo.digest in known:
+                if photo.sha256 in known:
                     continue
                 added = Photo(
                     tenant=tenant, subject_id=subject_id, position=position, create_time=now, **vars(photo)
                 )
                 insert_row(connection, schema.photos, vars(added))
-                known[photo.digest] = added
+                known[photo.sha256] = added
                 position += 1
             if len(known) > MAX_PHOTOS:
                 raise MooringError(
@@ -165,7 +165,7 @@ class Subjects(Database):
                 .filter_by(tenant=tenant, subject_id=subject_id)
                 .values(photo_count=len(known), next_position=position)
             )
-        return [known[photo.digest] for photo in photos]
+        return [known[photo.sha256] for photo in photos], len(known) - before
 
     def photos(self, tenant: str, subject_id: str) -> list[Photo]:
         """The subject's photos in upload order. Raises SUBJECT_NOT_FOUND."""
@@ -194,5 +194,5 @@ class Subjects(Database):
 
 def _subject(row: Row[Any]) -> Subject:
     values = dict(row._mapping)  # noqa: SLF001
-    del values["next_position"]
+    del values["number"], values["next_position"]
     return Subject(**values)
