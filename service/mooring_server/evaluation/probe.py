@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -50,49 +50,86 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class DriftResult:
-    """A measured drift with its interval.
+class DriftFigure:
+    """A measured drift in plain numbers, for results, certificates and reports.
 
     Attributes:
-        drift: D / energy, dimensionless; compare with the budget rho.
+        value: D / energy, dimensionless; compare with the budget rho.
         low: lower end of the 95 % interval (paired bootstrap over prompts as clusters).
         high: upper end of it.
         generic: the drift over the generic prompts alone (None when the points hold none of them).
         class_: the drift over the class-noun prompts alone (None when the points hold none of them).
-        per_point: [points] squared epsilon difference, mean over latent elements.
-        energy_per_point: [points] the base's guidance energy at the same points.
-        prompt_index: [points] index into the probe's prompts.
+        points: number of points measured.
+        prompts: number of different prompts among them.
         probe_digest: what was measured on.
         guidance_scale: scale of the compared predictions; 1 is conditional prediction.
         adapter_scale: strength at which the adapter was active.
     """
 
-    drift: float
+    value: float
     low: float
     high: float
     generic: float | None
     class_: float | None
-    per_point: Tensor
-    energy_per_point: Tensor
-    prompt_index: Tensor
+    points: int
+    prompts: int
     probe_digest: str
     guidance_scale: float = 1.0
     adapter_scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers for job results, safetensors metadata and reports (without the points)."""
-        return {
-            "drift": self.drift,
-            "low": self.low,
-            "high": self.high,
-            "generic": self.generic,
-            "class": self.class_,
-            "points": int(self.per_point.numel()),
-            "prompts": int(self.prompt_index.unique().numel()),
-            "probe_digest": self.probe_digest,
-            "guidance_scale": self.guidance_scale,
-            "adapter_scale": self.adapter_scale,
-        }
+        """The attributes by name (`class_` as "class")."""
+        content = asdict(self)
+        content["class"] = content.pop("class_")
+        return content
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> DriftFigure:
+        """The inverse of `to_json`."""
+        return DriftFigure(
+            **{"class_" if name == "class" else name: value for name, value in content.items()}
+        )
+
+
+@dataclass(frozen=True)
+class DriftResult:
+    """A measured drift with the points behind it.
+
+    Attributes:
+        figure: value, interval and provenance.
+        per_point: [points] squared epsilon difference, mean over latent elements.
+        energy_per_point: [points] the base's guidance energy at the same points.
+        prompt_index: [points] index into the probe's prompts.
+    """
+
+    figure: DriftFigure
+    per_point: Tensor
+    energy_per_point: Tensor
+    prompt_index: Tensor
+
+    @property
+    def drift(self) -> float:
+        """D / energy; compare with the budget rho."""
+        return self.figure.value
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.figure.low
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.figure.high
+
+    @property
+    def probe_digest(self) -> str:
+        """Digest of the probe it was measured on."""
+        return self.figure.probe_digest
+
+    def to_json(self) -> dict[str, Any]:
+        """The figure, without the points."""
+        return self.figure.to_json()
 
 
 @dataclass(frozen=True)
@@ -202,7 +239,7 @@ class DriftProbe:
                 on_progress(done, ticks)
 
         untouched = _Predictor(base, bank)
-        embeds, empty = untouched.encode(prompts), untouched.encode([""])
+        embeds, empty = untouched.encode(prompts), untouched.empty()
         side = base.native_size // base.vae_scale_factor
         shape = (base.latent_channels, side, side)
 
@@ -297,7 +334,7 @@ class DriftProbe:
         adapted = _Predictor(self.base, self.bank, slot, scale)
         tokens = tuple(embeddings.tokens) if embeddings is not None else ()
         embeds = self.embeds
-        if any(token in prompt for token in tokens for prompt in self.prompts):
+        if any(token.lower() in prompt.lower() for token in tokens for prompt in self.prompts):
             embeds = adapted.encode(self.prompts, embeddings)
         differences = []
         for first in range(0, len(chosen), rows_per_tick):
@@ -323,18 +360,18 @@ class DriftProbe:
         def share(mask: Tensor) -> float | None:
             return float(per_point[mask].sum() / energy[mask].sum()) if bool(mask.any()) else None
 
-        return DriftResult(
-            drift=drift,
+        figure = DriftFigure(
+            value=drift,
             low=low,
             high=high,
             generic=share(~from_class),
             class_=share(from_class),
-            per_point=per_point,
-            energy_per_point=energy,
-            prompt_index=which,
+            points=int(per_point.numel()),
+            prompts=int(which.unique().numel()),
             probe_digest=self.digest,
             adapter_scale=scale,
         )
+        return DriftResult(figure, per_point, energy, which)
 
 
 def _spans(total: int, size: int) -> list[slice]:
@@ -361,6 +398,11 @@ class _Predictor:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], embeddings: LearnedEmbeddings | None = None) -> PromptEmbeds:
         return self.base.encode_prompt(prompts, embeddings)
+
+    @torch.no_grad()
+    def empty(self) -> PromptEmbeds:
+        """One row: what this base takes for "no condition"."""
+        return self.base.encode_negative([""])
 
     @torch.no_grad()
     def raw(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
