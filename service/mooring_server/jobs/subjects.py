@@ -1,0 +1,152 @@
+"""Subjects and adapters with their bytes: the order of rows and objects that survives a crash.
+
+Creating: objects first, the row that refers to them last. Deleting: the row first, its objects last. A crash
+in between leaves an object that nobody refers to, never a row that refers to nothing.
+"""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.jobs.photos import decode_photo, encode_png
+from mooring_server.storage.models import Adapter, NewPhoto, Photo
+from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.store import Store
+from mooring_server.storage.subjects import MAX_PHOTOS
+
+
+class PhotoUpload:
+    """One upload of several files: everything is checked before anything is stored.
+
+    Each file is decoded and re-encoded as it comes, so that memory holds small PNGs rather than the files.
+
+    Args:
+        store: where the rows go.
+        objects: where the pictures go.
+        tenant: whose subject it is.
+        subject_id: which subject.
+
+    Raises:
+        MooringError: SUBJECT_NOT_FOUND.
+    """
+
+    def __init__(self, store: Store, objects: ObjectStore, tenant: str, subject_id: str) -> None:
+        self._store, self._objects = store, objects
+        self._subject = store.get_subject(tenant, subject_id)
+        self._checked: dict[str, tuple[NewPhoto, bytes]] = {}
+        self._order: list[str] = []
+        self._errors: dict[int, MooringError] = {}
+        self._files = 0
+
+    def add(self, filename: str, data: bytes) -> None:
+        """Check the next file. What is wrong with it is raised by `commit`, together with all the others'.
+
+        Raises:
+            MooringError: TOO_MANY_PHOTOS at once, when one upload alone has more than a subject takes.
+        """
+        if self._files == MAX_PHOTOS:
+            raise MooringError(
+                Reason.TOO_MANY_PHOTOS,
+                f"The upload has more than {MAX_PHOTOS} files.",
+                remedy=f"A subject takes {MAX_PHOTOS} photos: keep the sharpest and most varied ones.",
+            )
+        index, self._files = self._files, self._files + 1
+        try:
+            photo = decode_photo(data, filename)
+        except MooringError as error:
+            self._errors[index] = error
+            return
+        key = f"photos/{self._subject.uid}/{photo.sha256}.png"
+        width, height = photo.image.size
+        row = NewPhoto(photo.filename, photo.sha256, key, width, height, photo.size_bytes)
+        self._checked.setdefault(photo.sha256, (row, encode_png(photo.image)))
+        self._order.append(photo.sha256)
+
+    def commit(self) -> tuple[list[Photo], int]:
+        """Store all photos, or none.
+
+        Returns:
+            One row per uploaded file in upload order, and how many were new to the subject.
+
+        Raises:
+            MooringError: the files' common reason (BAD_IMAGE when they differ), with a violation
+                ``files[i]`` per bad file; INVALID_FIELD without any file; SUBJECT_NOT_FOUND;
+                TOO_MANY_PHOTOS. Nothing was stored.
+        """
+        if self._errors:
+            raise self._combined()
+        if not self._order:
+            raise MooringError(
+                Reason.INVALID_FIELD,
+                "The upload holds no file.",
+                remedy="Send at least one photo.",
+                fields=[FieldViolation("files", "at least one is required")],
+            )
+        tenant, subject_id = self._subject.tenant, self._subject.subject_id
+        known = {photo.sha256 for photo in self._store.photos(tenant, subject_id)}
+        if len(known | self._checked.keys()) <= MAX_PHOTOS:  # otherwise add_photos refuses; store nothing
+            for row, png in self._checked.values():
+                if row.sha256 not in known:
+                    self._objects.put(row.object_key, png)
+        rows = [row for row, _ in self._checked.values()]
+        photos, added = self._store.add_photos(tenant, subject_id, rows)
+        by_digest = {photo.sha256: photo for photo in photos}
+        return [by_digest[digest] for digest in self._order], added
+
+    def _combined(self) -> MooringError:
+        errors = list(self._errors.values())
+        if len(errors) == 1:
+            message, remedy = errors[0].message, errors[0].remedy
+        else:
+            message = f"{len(errors)} of {self._files} files cannot be used: "
+            message += " ".join(error.message for error in errors)
+            remedy = "Nothing was stored. Replace or leave out these files and upload again."
+        reasons = {error.reason for error in errors}
+        return MooringError(
+            reasons.pop() if len(reasons) == 1 else Reason.BAD_IMAGE,
+            message,
+            remedy=remedy,
+            fields=[
+                FieldViolation(f"files[{index}]", f"{error.message} {error.remedy}".strip())
+                for index, error in self._errors.items()
+            ],
+        )
+
+
+def load_photos(store: Store, objects: ObjectStore, tenant: str, subject_id: str) -> list[Image.Image]:
+    """The subject's pictures, RGB, in upload order.
+
+    Raises:
+        MooringError: SUBJECT_NOT_FOUND or SUBJECT_HAS_NO_PHOTOS.
+    """
+    rows = store.photos(tenant, subject_id)
+    if not rows:
+        raise MooringError(
+            Reason.SUBJECT_HAS_NO_PHOTOS,
+            f"Subject {subject_id!r} has no photos.",
+            remedy="Upload 1 to 100 photos of it first.",
+        )
+    images = []
+    for row in rows:
+        with Image.open(io.BytesIO(objects.get(row.object_key)), formats=["PNG"]) as image:
+            images.append(image.convert("RGB"))
+    return images
+
+
+def delete_subject(store: Store, objects: ObjectStore, tenant: str, subject_id: str) -> None:
+    """Delete a subject and its pictures. Raises SUBJECT_NOT_FOUND."""
+    for key in store.delete_subject(tenant, subject_id):
+        objects.delete(key)
+
+
+def delete_adapter(
+    store: Store, objects: ObjectStore, tenant: str, adapter_id: str, version: int | None = None
+) -> list[Adapter]:
+    """Delete one version of an adapter, or all, with their files. Raises ADAPTER_NOT_FOUND."""
+    deleted = store.delete_adapter(tenant, adapter_id, version)
+    for adapter in deleted:
+        objects.delete(adapter.object_key)
+    return deleted
