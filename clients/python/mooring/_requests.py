@@ -1,0 +1,253 @@
+"""Requests built from plain Python values; shared by the sync and the asyncio client.
+
+Ids stand for resource names wherever one is asked for ("rex" is `tenants/-/subjects/rex`, where `-` is the
+caller's own tenant), messages that have a name stand for it, and enums are spelled as words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mooring.errors import FieldViolation, InvalidArgumentError
+from mooring.v1 import (
+    adapter_pb2,
+    evaluation_pb2,
+    job_pb2,
+    media_pb2,
+    personalization_pb2,
+    subject_pb2,
+    training_pb2,
+)
+
+CHUNK_BYTES = 256 * 1024
+Photo = Any
+"""A path, bytes, (filename, bytes) or a `PIL.Image`."""
+
+
+def new_request_id() -> str:
+    """A fresh UUID: what makes a creating call safe to repeat."""
+    return str(uuid.uuid4())
+
+
+def resource_name(collection: str, resource: Any) -> str:
+    """Full resource name of an id, a name or a message that has one.
+
+    Args:
+        collection: "subjects", "adapters" or "jobs".
+        resource: for example "rex", "tenants/acme/subjects/rex" or a Subject; "" stays "".
+    """
+    text = resource if isinstance(resource, str) else str(resource.name)
+    return text if not text or text.startswith("tenants/") else f"tenants/-/{collection}/{text}"
+
+
+def enum_value(enum: Any, word: str, field: str) -> Any:
+    """The enum's number for a word such as "spectral" of TRAINING_METHOD_SPECTRAL.
+
+    Args:
+        enum: generated enum wrapper; its zero value ends in UNSPECIFIED.
+        word: lower-case tail of the value's name; "" is the zero value, the server's default.
+        field: request field to blame.
+
+    Raises:
+        InvalidArgumentError: the word is not one of the enum's; says which are.
+    """
+    names = list(enum.keys())
+    prefix = next(name for name in names if name.endswith("UNSPECIFIED")).removesuffix("UNSPECIFIED")
+    value = prefix + (word.upper().replace("-", "_").replace("+", "_") or "UNSPECIFIED")
+    if value not in names:
+        known = ", ".join(n.removeprefix(prefix).lower() for n in names if not n.endswith("UNSPECIFIED"))
+        raise InvalidArgumentError(
+            f"{field} {word!r} is not known.",
+            reason="INVALID_FIELD",
+            remedy=f"Choose one of {known}.",
+            fields=[FieldViolation(field, f"one of {known}")],
+        )
+    return enum.Value(value)
+
+
+def enum_word(enum: Any, value: int) -> str:
+    """The word of an enum's value: "spectral" for TRAINING_METHOD_SPECTRAL, "" for the zero value."""
+    names = list(enum.keys())
+    prefix = next(name for name in names if name.endswith("UNSPECIFIED")).removesuffix("UNSPECIFIED")
+    word: str = enum.Name(value).removeprefix(prefix).lower()
+    return "" if word == "unspecified" else word
+
+
+def create_subject(
+    subject_id: str,
+    *,
+    class_noun: str,
+    rights: str,
+    statement: str = "",
+    placeholder: str = "",
+    display_name: str = "",
+    request_id: str = "",
+) -> subject_pb2.CreateSubjectRequest:
+    """Request of `create_subject`; see `mooring.Client.create_subject`."""
+    basis = enum_value(subject_pb2.RightsDeclaration.Basis, rights, "subject.rights.basis")
+    return subject_pb2.CreateSubjectRequest(
+        subject_id=subject_id,
+        subject=subject_pb2.Subject(
+            class_noun=class_noun,
+            placeholder=placeholder,
+            display_name=display_name,
+            rights=subject_pb2.RightsDeclaration(basis=basis, statement=statement),
+        ),
+        request_id=request_id or new_request_id(),
+    )
+
+
+def read_photos(photos: Iterable[Photo]) -> list[tuple[str, bytes]]:
+    """Names and bytes of photos given as paths, bytes, (filename, bytes) or `PIL.Image`.
+
+    Raises:
+        InvalidArgumentError: a path cannot be read; names every such file.
+    """
+    found: list[tuple[str, bytes]] = []
+    bad: list[FieldViolation] = []
+    for i, photo in enumerate(photos):
+        if isinstance(photo, bytes):
+            found.append((f"photo-{i}", photo))
+        elif isinstance(photo, tuple):
+            found.append(photo)
+        elif hasattr(photo, "save"):
+            buffer = io.BytesIO()
+            photo.save(buffer, format="PNG")
+            found.append((f"photo-{i}.png", buffer.getvalue()))
+        else:
+            try:
+                found.append((Path(photo).name, Path(photo).read_bytes()))
+            except OSError as error:
+                bad.append(FieldViolation(f"files[{i}]", f"{photo}: {error.strerror or error}"))
+    if bad:
+        raise InvalidArgumentError(
+            f"{len(bad)} of the photos cannot be read.",
+            reason="BAD_IMAGE",
+            remedy="Check the paths.",
+            fields=bad,
+        )
+    return found
+
+
+def upload_messages(
+    subject: Any, files: Sequence[tuple[str, bytes]]
+) -> Iterator[subject_pb2.UploadPhotosRequest]:
+    """The stream of an upload: the subject, then each file's header and chunks."""
+    yield subject_pb2.UploadPhotosRequest(subject=resource_name("subjects", subject))
+    for filename, data in files:
+        yield subject_pb2.UploadPhotosRequest(
+            file=media_pb2.FileHeader(
+                filename=filename, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+            )
+        )
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield subject_pb2.UploadPhotosRequest(chunk=data[start : start + CHUNK_BYTES])
+
+
+def train(
+    subject: Any,
+    *,
+    adapter_id: str = "",
+    method: str = "",
+    preset: str = "",
+    drift_budget: float | None = None,
+    fixed_strength: float | None = None,
+    targets: str = "",
+    request_id: str = "",
+    **settings: Any,
+) -> personalization_pb2.TrainRequest:
+    """Request of `train`; see `mooring.Client.train`.
+
+    Raises:
+        InvalidArgumentError: more than one of preset, drift_budget and fixed_strength, or an unknown word.
+    """
+    if sum([bool(preset), drift_budget is not None, fixed_strength is not None]) > 1:
+        raise InvalidArgumentError(
+            "preset, drift_budget and fixed_strength exclude each other.",
+            reason="INVALID_FIELD",
+            remedy="Give one of them, or none for the balanced preset.",
+            fields=[FieldViolation("config.strength", "more than one given")],
+        )
+    config = training_pb2.TrainingConfig(
+        method=enum_value(training_pb2.TrainingMethod, method, "config.method"),
+        targets=enum_value(training_pb2.TrainingTargets, targets, "config.targets"),
+        **given(settings),
+    )
+    if preset:
+        config.preset = enum_value(training_pb2.DriftPreset, preset, "config.preset")
+    if drift_budget is not None:
+        config.drift_budget = drift_budget
+    if fixed_strength is not None:
+        config.fixed_strength = fixed_strength
+    return personalization_pb2.TrainRequest(
+        subject=resource_name("subjects", subject),
+        adapter_id=adapter_id,
+        config=config,
+        request_id=request_id or new_request_id(),
+    )
+
+
+def evaluate(
+    adapter: Any = "", *, subject: Any = "", request_id: str = "", **settings: Any
+) -> personalization_pb2.EvaluateRequest:
+    """Request of `evaluate`; see `mooring.Client.evaluate`."""
+    return personalization_pb2.EvaluateRequest(
+        adapter=resource_name("adapters", adapter),
+        subject=resource_name("subjects", subject),
+        config=evaluation_pb2.EvaluationConfig(**given(settings)),
+        request_id=request_id or new_request_id(),
+    )
+
+
+def generate(
+    prompt: str, *, adapter: Any = "", sampler: str = "", **settings: Any
+) -> personalization_pb2.GenerateRequest:
+    """Request of `generate`; see `mooring.Client.generate`."""
+    return personalization_pb2.GenerateRequest(
+        prompt=prompt,
+        adapter=resource_name("adapters", adapter),
+        sampler=enum_value(personalization_pb2.Sampler, sampler, "sampler"),
+        **given(settings),
+    )
+
+
+def batch_messages(
+    requests: Iterable[tuple[str, Mapping[str, Any]]], failures: list[Exception]
+) -> Iterator[personalization_pb2.GenerateBatchRequest]:
+    """The stream of a batch: an id and the keyword arguments of `generate` for each request.
+
+    Args:
+        requests: the caller's iterable.
+        failures: takes what the iterable raised, which gRPC would only report as a cancelled call.
+    """
+    try:
+        for key, arguments in requests:
+            yield personalization_pb2.GenerateBatchRequest(id=key, request=generate(**arguments))
+    except Exception as error:
+        failures.append(error)
+        raise
+
+
+def list_jobs(*, kind: str = "", state: str = "") -> job_pb2.ListJobsRequest:
+    """Request of `list_jobs`; "" is any."""
+    return job_pb2.ListJobsRequest(
+        kind=enum_value(job_pb2.JobKind, kind, "kind"), state=enum_value(job_pb2.JobState, state, "state")
+    )
+
+
+def export_adapter(adapter: Any, *, file_format: str = "") -> adapter_pb2.ExportAdapterRequest:
+    """Request of `export_adapter`; "" is Mooring's own safetensors file."""
+    return adapter_pb2.ExportAdapterRequest(
+        name=resource_name("adapters", adapter),
+        format=enum_value(adapter_pb2.AdapterFormat, file_format, "format"),
+    )
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given: None means the server's default."""
+    return {name: value for name, value in settings.items() if value is not None}
