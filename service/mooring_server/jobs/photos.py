@@ -154,7 +154,7 @@ def _check_pixels(size: tuple[int, int], name: str) -> None:
 
 
 def _check_frames(image: Image.Image, name: str) -> None:
-    # A JPEG with several pictures inside (MPO) is what phones write for depth or burst data: the first counts.
+    # A JPEG with several pictures inside (MPO) is what phones make for depth or bursts: the first counts.
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise _error(Reason.BAD_IMAGE, name, "is animated", "Save one frame of it as JPEG or PNG.")
 

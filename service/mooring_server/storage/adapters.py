@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
@@ -34,13 +35,14 @@ class Adapters(Jobs):
         subject_id: str = "",
         job_id: str | None = None,
         lease: str = "",
+        artifacts: Sequence[Document] = (),
         request_id: str = "",
     ) -> Adapter:
         """Add the next version of an adapter.
 
         With a `job_id` the lease is checked, and the job becomes SUCCEEDED with ``{"adapter": name, "digest",
-        "summary"}`` as its result, all in one transaction: a job publishes exactly once, and there is no
-        moment at which the adapter exists and its job could run again.
+        "summary", "artifacts"}`` as its result, all in one transaction: a job publishes exactly once, and
+        there is no moment at which the adapter exists and its job could run again.
 
         Args:
             tenant: whose it is.
@@ -58,6 +60,7 @@ class Adapters(Jobs):
             subject_id: what it was trained on; "" for an import.
             job_id: the job that made it; None for an import.
             lease: the runner's claim on that job.
+            artifacts: files that the job leaves beside the adapter.
             request_id: makes an import idempotent.
 
         Raises:
@@ -102,6 +105,7 @@ class Adapters(Jobs):
             insert_row(connection, schema.adapters, vars(adapter) | {"job_id": job_id})
             if job is not None:
                 result = {"adapter": adapter.name, "digest": digest, "summary": summary}
+                result |= {"artifacts": list(artifacts)}
                 self._finish(connection, job, JobState.SUCCEEDED, result=result, error=None)
         if job_id is not None:
             self._notify(tenant, job_id)

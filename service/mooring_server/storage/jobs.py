@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, null, or_, select, update
+from sqlalchemy import Connection, Row, and_, func, null, or_, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
@@ -170,6 +170,13 @@ class Jobs(Database):
         """
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def count_jobs(self) -> dict[tuple[str, JobState], int]:
+        """Jobs of all tenants by kind and state, for metrics."""
+        table = schema.jobs
+        query = select(table.c.kind, table.c.state, func.count()).group_by(table.c.kind, table.c.state)
+        with self.reading() as connection:
+            return {(kind, JobState(state)): count for kind, state, count in connection.execute(query)}
 
     # -- for runners ---------------------------------------------------------------------------------------
 
