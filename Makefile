@@ -68,7 +68,7 @@ bench: $(STAMP) ## the table of drift against budget (hours on 2 cores; see benc
 	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
 
 proto: $(STAMP) ## generate the Python stubs from proto/
-	$(BIN)/python -m tools.generate_stubs
+	$(BIN)/python -m tools.protos generate
 
 requirements: $(STAMP) ## resolve requirements/*.in again into pinned, hashed files
 	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
