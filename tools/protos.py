@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import files
+from importlib.resources import files as files_of
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ def generate(destination: Path = STUBS) -> None:
     package = destination / "mooring" / "v1"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
-    include = Path(__import__("grpc_tools").__file__).parent / "_proto"
+    include = Path(str(files_of("grpc_tools"))) / "_proto"
     everything = sources()
     with_services = [
         name for name in everything if "\nservice " in (PROTO / name).read_text(encoding="utf-8")
@@ -142,13 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if what == "generate":
         generate()
         return 0
-    run = {
-        "lint": lint,
-        "breaking": breaking,
-        "baseline": baseline,
-        "format": lambda: buf("format", "proto", "--write"),
-    }[what]
-    done = run()
+    if what == "format":
+        done = buf("format", "proto", "--write")
+    else:
+        done = {"lint": lint, "breaking": breaking, "baseline": baseline}[what]()
     sys.stdout.write(done.stdout)
     sys.stderr.write(done.stderr)
     return done.returncode

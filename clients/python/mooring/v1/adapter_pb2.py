@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from mooring.v1 import media_pb2 as mooring_dot_v1_dot_media__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mooring/v1/adapter.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16mooring/v1/media.proto\"\xd5\x04\n\x07\x41\x64\x61pter\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x15\n\x07version\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x07subject\x18\x07 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12%\n\x03job\x18\x08 \x01(\tB\x18\xe2\x41\x01\x03\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x19\n\x0bplaceholder\x18\t \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nclass_noun\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06method\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x0c \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x32\n\x0b\x63\x65rtificate\x18\x0e \x01(\x0b\x32\x17.mooring.v1.CertificateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:Z\xea\x41W\n\x13mooring.dev/Adapter\x12-tenants/{tenant}/adapters/{adapter}@{version}*\x08\x61\x64\x61pters2\x07\x61\x64\x61pterB\x0f\n\r_drift_budget\"}\n\x05\x44rift\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x11\n\x03low\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04high\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cprobe_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eguidance_scale\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\"\xfa\x02\n\x0b\x43\x65rtificate\x12\x1c\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x03 \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0crelative_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x33\n\x06layers\x18\x06 \x03(\x0b\x32\x1d.mooring.v1.Certificate.LayerB\x04\xe2\x41\x01\x03\x1a\x9f\x01\n\x05Layer\x12\x13\n\x05layer\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x17\n\tfrobenius\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0bstable_rank\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x62\x61se_sigma_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x16\n\x08relative\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03\"?\n\x11GetAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.mooring.v1.Adapter\"v\n\x13ListAdaptersRequest\x12,\n\x06parent\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\x12\x13mooring.dev/Adapter\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.mooring.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x14\x44\x65leteAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\"\x17\n\x15\x44\x65leteAdapterResponse\"s\n\x14\x45xportAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\x12/\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.mooring.v1.AdapterFormatB\x04\xe2\x41\x01\x01\"[\n\x15\x45xportAdapterResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent*h\n\rAdapterFormat\x12\x1e\n\x1a\x41\x44\x41PTER_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_FORMAT_NATIVE\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_FORMAT_DIFFUSERS\x10\x02\x32\xde\x02\n\x0e\x41\x64\x61pterService\x12K\n\nGetAdapter\x12\x1d.mooring.v1.GetAdapterRequest\x1a\x1e.mooring.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.mooring.v1.ListAdaptersRequest\x1a .mooring.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .mooring.v1.DeleteAdapterRequest\x1a!.mooring.v1.DeleteAdapterResponse\x12V\n\rExportAdapter\x12 .mooring.v1.ExportAdapterRequest\x1a!.mooring.v1.ExportAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mooring/v1/adapter.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16mooring/v1/media.proto\"\xd5\x04\n\x07\x41\x64\x61pter\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x15\n\x07version\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x07subject\x18\x07 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12%\n\x03job\x18\x08 \x01(\tB\x18\xe2\x41\x01\x03\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x19\n\x0bplaceholder\x18\t \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nclass_noun\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06method\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x0c \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x32\n\x0b\x63\x65rtificate\x18\x0e \x01(\x0b\x32\x17.mooring.v1.CertificateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:Z\xea\x41W\n\x13mooring.dev/Adapter\x12-tenants/{tenant}/adapters/{adapter}@{version}*\x08\x61\x64\x61pters2\x07\x61\x64\x61pterB\x0f\n\r_drift_budget\"\x86\x02\n\x05\x44rift\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x11\n\x03low\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04high\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cprobe_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eguidance_scale\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x07generic\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x1d\n\nclass_noun\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x01\x88\x01\x01\x12\x14\n\x06points\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\n\n\x08_genericB\r\n\x0b_class_noun\"\x84\x05\n\x0b\x43\x65rtificate\x12\x1c\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x03 \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0crelative_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x33\n\x06layers\x18\x06 \x03(\x0b\x32\x1d.mooring.v1.Certificate.LayerB\x04\xe2\x41\x01\x03\x12;\n\nattentions\x18\x07 \x03(\x0b\x32!.mooring.v1.Certificate.AttentionB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x1a\xb1\x01\n\x05Layer\x12\x13\n\x05layer\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x17\n\tfrobenius\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0bstable_rank\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x62\x61se_sigma_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1b\n\x08relative\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x42\x0b\n\t_relative\x1aV\n\tAttention\x12\x17\n\tattention\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x08head_dim\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nlogit_gain\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\x0f\n\r_drift_budget\"?\n\x11GetAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.mooring.v1.Adapter\"v\n\x13ListAdaptersRequest\x12,\n\x06parent\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\x12\x13mooring.dev/Adapter\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.mooring.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x14\x44\x65leteAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\"\x17\n\x15\x44\x65leteAdapterResponse\"s\n\x14\x45xportAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\x12/\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.mooring.v1.AdapterFormatB\x04\xe2\x41\x01\x01\"[\n\x15\x45xportAdapterResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent*h\n\rAdapterFormat\x12\x1e\n\x1a\x41\x44\x41PTER_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_FORMAT_NATIVE\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_FORMAT_DIFFUSERS\x10\x02\x32\xde\x02\n\x0e\x41\x64\x61pterService\x12K\n\nGetAdapter\x12\x1d.mooring.v1.GetAdapterRequest\x1a\x1e.mooring.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.mooring.v1.ListAdaptersRequest\x1a .mooring.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .mooring.v1.DeleteAdapterRequest\x1a!.mooring.v1.DeleteAdapterResponse\x12V\n\rExportAdapter\x12 .mooring.v1.ExportAdapterRequest\x1a!.mooring.v1.ExportAdapterResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -77,6 +77,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRIFT'].fields_by_name['probe_digest']._serialized_options = b'\342A\001\003'
   _globals['_DRIFT'].fields_by_name['guidance_scale']._loaded_options = None
   _globals['_DRIFT'].fields_by_name['guidance_scale']._serialized_options = b'\342A\001\003'
+  _globals['_DRIFT'].fields_by_name['generic']._loaded_options = None
+  _globals['_DRIFT'].fields_by_name['generic']._serialized_options = b'\342A\001\003'
+  _globals['_DRIFT'].fields_by_name['class_noun']._loaded_options = None
+  _globals['_DRIFT'].fields_by_name['class_noun']._serialized_options = b'\342A\001\003'
+  _globals['_DRIFT'].fields_by_name['points']._loaded_options = None
+  _globals['_DRIFT'].fields_by_name['points']._serialized_options = b'\342A\001\003'
+  _globals['_DRIFT'].fields_by_name['adapter_scale']._loaded_options = None
+  _globals['_DRIFT'].fields_by_name['adapter_scale']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE_LAYER'].fields_by_name['layer']._loaded_options = None
   _globals['_CERTIFICATE_LAYER'].fields_by_name['layer']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE_LAYER'].fields_by_name['sigma_max']._loaded_options = None
@@ -89,6 +97,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CERTIFICATE_LAYER'].fields_by_name['base_sigma_max']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE_LAYER'].fields_by_name['relative']._loaded_options = None
   _globals['_CERTIFICATE_LAYER'].fields_by_name['relative']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['attention']._loaded_options = None
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['attention']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['head_dim']._loaded_options = None
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['head_dim']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['logit_gain']._loaded_options = None
+  _globals['_CERTIFICATE_ATTENTION'].fields_by_name['logit_gain']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE'].fields_by_name['adapter_digest']._loaded_options = None
   _globals['_CERTIFICATE'].fields_by_name['adapter_digest']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE'].fields_by_name['base_digest']._loaded_options = None
@@ -101,6 +115,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CERTIFICATE'].fields_by_name['relative_max']._serialized_options = b'\342A\001\003'
   _globals['_CERTIFICATE'].fields_by_name['layers']._loaded_options = None
   _globals['_CERTIFICATE'].fields_by_name['layers']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE'].fields_by_name['attentions']._loaded_options = None
+  _globals['_CERTIFICATE'].fields_by_name['attentions']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE'].fields_by_name['rank']._loaded_options = None
+  _globals['_CERTIFICATE'].fields_by_name['rank']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE'].fields_by_name['adapter_scale']._loaded_options = None
+  _globals['_CERTIFICATE'].fields_by_name['adapter_scale']._serialized_options = b'\342A\001\003'
+  _globals['_CERTIFICATE'].fields_by_name['drift_budget']._loaded_options = None
+  _globals['_CERTIFICATE'].fields_by_name['drift_budget']._serialized_options = b'\342A\001\003'
   _globals['_GETADAPTERREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETADAPTERREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023mooring.dev/Adapter'
   _globals['_LISTADAPTERSREQUEST'].fields_by_name['parent']._loaded_options = None
@@ -115,32 +137,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023mooring.dev/Adapter'
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['format']._loaded_options = None
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['format']._serialized_options = b'\342A\001\001'
-  _globals['_ADAPTERFORMAT']._serialized_start=1901
-  _globals['_ADAPTERFORMAT']._serialized_end=2005
+  _globals['_ADAPTERFORMAT']._serialized_start=2305
+  _globals['_ADAPTERFORMAT']._serialized_end=2409
   _globals['_ADAPTER']._serialized_start=158
   _globals['_ADAPTER']._serialized_end=755
-  _globals['_DRIFT']._serialized_start=757
-  _globals['_DRIFT']._serialized_end=882
-  _globals['_CERTIFICATE']._serialized_start=885
-  _globals['_CERTIFICATE']._serialized_end=1263
-  _globals['_CERTIFICATE_LAYER']._serialized_start=1104
-  _globals['_CERTIFICATE_LAYER']._serialized_end=1263
-  _globals['_GETADAPTERREQUEST']._serialized_start=1265
-  _globals['_GETADAPTERREQUEST']._serialized_end=1328
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1330
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1388
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1390
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1508
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1510
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1596
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=1598
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=1664
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=1666
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=1689
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=1691
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=1806
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=1808
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=1899
-  _globals['_ADAPTERSERVICE']._serialized_start=2008
-  _globals['_ADAPTERSERVICE']._serialized_end=2358
+  _globals['_DRIFT']._serialized_start=758
+  _globals['_DRIFT']._serialized_end=1020
+  _globals['_CERTIFICATE']._serialized_start=1023
+  _globals['_CERTIFICATE']._serialized_end=1667
+  _globals['_CERTIFICATE_LAYER']._serialized_start=1385
+  _globals['_CERTIFICATE_LAYER']._serialized_end=1562
+  _globals['_CERTIFICATE_ATTENTION']._serialized_start=1564
+  _globals['_CERTIFICATE_ATTENTION']._serialized_end=1650
+  _globals['_GETADAPTERREQUEST']._serialized_start=1669
+  _globals['_GETADAPTERREQUEST']._serialized_end=1732
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1734
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1792
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1794
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1912
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1914
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2000
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2002
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2068
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2070
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2093
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=2095
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=2210
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=2212
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=2303
+  _globals['_ADAPTERSERVICE']._serialized_start=2412
+  _globals['_ADAPTERSERVICE']._serialized_end=2762
 # @@protoc_insertion_point(module_scope)

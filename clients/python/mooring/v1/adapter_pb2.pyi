@@ -144,6 +144,10 @@ class Drift(_message.Message):
     HIGH_FIELD_NUMBER: _builtins.int
     PROBE_DIGEST_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    GENERIC_FIELD_NUMBER: _builtins.int
+    CLASS_NOUN_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
     value: _builtins.float
     """The share, ≥ 0. Comparable with a drift budget."""
     low: _builtins.float
@@ -153,7 +157,15 @@ class Drift(_message.Message):
     probe_digest: _builtins.str
     """Digest of the probe set, "sha256:" and 64 hex digits. Only drifts of one probe set compare."""
     guidance_scale: _builtins.float
-    """Guidance scale at which it was measured: 1 means the conditional prediction alone."""
+    """Scale of the compared predictions: 1 means the conditional prediction alone."""
+    generic: _builtins.float
+    """The drift over the probe's generic prompts alone. Absent when it has none."""
+    class_noun: _builtins.float
+    """The drift over the probe's prompts of the class noun alone. Absent when it has none."""
+    points: _builtins.int
+    """Number of probe points measured."""
+    adapter_scale: _builtins.float
+    """Scale of the adapter while it was measured."""
     def __init__(
         self,
         *,
@@ -162,12 +174,23 @@ class Drift(_message.Message):
         high: _builtins.float = ...,
         probe_digest: _builtins.str = ...,
         guidance_scale: _builtins.float = ...,
+        generic: _builtins.float | None = ...,
+        class_noun: _builtins.float | None = ...,
+        points: _builtins.int = ...,
+        adapter_scale: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_class_noun", b"_class_noun", "_generic", b"_generic", "class_noun", b"class_noun", "generic", b"generic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "high", b"high", "low", b"low", "probe_digest", b"probe_digest", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_class_noun", b"_class_noun", "_generic", b"_generic", "adapter_scale", b"adapter_scale", "class_noun", b"class_noun", "generic", b"generic", "guidance_scale", b"guidance_scale", "high", b"high", "low", b"low", "points", b"points", "probe_digest", b"probe_digest", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__class_noun: _TypeAlias = _typing.Literal["class_noun"]  # noqa: Y015
+    _WhichOneofArgType__class_noun: _TypeAlias = _typing.Literal["_class_noun", b"_class_noun"]  # noqa: Y015
+    _WhichOneofReturnType__generic: _TypeAlias = _typing.Literal["generic"]  # noqa: Y015
+    _WhichOneofArgType__generic: _TypeAlias = _typing.Literal["_generic", b"_generic"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__class_noun) -> _WhichOneofReturnType__class_noun | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__generic) -> _WhichOneofReturnType__generic | None: ...
 
 Global___Drift: _TypeAlias = Drift  # noqa: Y015
 
@@ -204,7 +227,7 @@ class Certificate(_message.Message):
         base_sigma_max: _builtins.float
         """‖W₀‖₂, the largest singular value of the base layer."""
         relative: _builtins.float
-        """σ_max(ΔW) / ‖W₀‖₂."""
+        """σ_max(ΔW) / ‖W₀‖₂. Absent for a base layer of zeros."""
         def __init__(
             self,
             *,
@@ -213,11 +236,41 @@ class Certificate(_message.Message):
             frobenius: _builtins.float = ...,
             stable_rank: _builtins.float = ...,
             base_sigma_max: _builtins.float = ...,
-            relative: _builtins.float = ...,
+            relative: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_relative", b"_relative", "relative", b"relative"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_relative", b"_relative", "base_sigma_max", b"base_sigma_max", "frobenius", b"frobenius", "layer", b"layer", "relative", b"relative", "sigma_max", b"sigma_max", "stable_rank", b"stable_rank"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__relative: _TypeAlias = _typing.Literal["relative"]  # noqa: Y015
+        _WhichOneofArgType__relative: _TypeAlias = _typing.Literal["_relative", b"_relative"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__relative) -> _WhichOneofReturnType__relative | None: ...
+
+    @_typing.final
+    class Attention(_message.Message):
+        """One attention whose query and key projections are adapted."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ATTENTION_FIELD_NUMBER: _builtins.int
+        HEAD_DIM_FIELD_NUMBER: _builtins.int
+        LOGIT_GAIN_FIELD_NUMBER: _builtins.int
+        attention: _builtins.str
+        """Module path in the base model, without the projection."""
+        head_dim: _builtins.int
+        """Features of one head."""
+        logit_gain: _builtins.float
+        """g in |Δlogit| ≤ g·‖x‖·‖y‖, a bound: logits per squared input norm."""
+        def __init__(
+            self,
+            *,
+            attention: _builtins.str = ...,
+            head_dim: _builtins.int = ...,
+            logit_gain: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["base_sigma_max", b"base_sigma_max", "frobenius", b"frobenius", "layer", b"layer", "relative", b"relative", "sigma_max", b"sigma_max", "stable_rank", b"stable_rank"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "head_dim", b"head_dim", "logit_gain", b"logit_gain"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -227,6 +280,10 @@ class Certificate(_message.Message):
     SIGMA_MAX_FIELD_NUMBER: _builtins.int
     RELATIVE_MAX_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    ATTENTIONS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ADAPTER_SCALE_FIELD_NUMBER: _builtins.int
+    DRIFT_BUDGET_FIELD_NUMBER: _builtins.int
     adapter_digest: _builtins.str
     """Digest of the adapter that it describes."""
     base_digest: _builtins.str
@@ -235,6 +292,12 @@ class Certificate(_message.Message):
     """Largest σ_max over the layers."""
     relative_max: _builtins.float
     """Largest relative size over the layers."""
+    rank: _builtins.int
+    """Rank of the factors."""
+    adapter_scale: _builtins.float
+    """Scale of the adapter that all norms are stated at; they are linear in it."""
+    drift_budget: _builtins.float
+    """The drift budget of the training. Absent when there was none."""
     @_builtins.property
     def drift(self) -> Global___Drift:
         """Measured drift. Absent when it was not measured."""
@@ -242,6 +305,10 @@ class Certificate(_message.Message):
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Certificate.Layer]:
         """Every adapted layer, in the order of the base model."""
+
+    @_builtins.property
+    def attentions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Certificate.Attention]:
+        """Every attention with adapted query and key projections."""
 
     def __init__(
         self,
@@ -252,12 +319,18 @@ class Certificate(_message.Message):
         sigma_max: _builtins.float = ...,
         relative_max: _builtins.float = ...,
         layers: _abc.Iterable[Global___Certificate.Layer] | None = ...,
+        attentions: _abc.Iterable[Global___Certificate.Attention] | None = ...,
+        rank: _builtins.int = ...,
+        adapter_scale: _builtins.float = ...,
+        drift_budget: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drift", b"drift"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "drift", b"drift", "drift_budget", b"drift_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "drift", b"drift", "layers", b"layers", "relative_max", b"relative_max", "sigma_max", b"sigma_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "adapter_digest", b"adapter_digest", "adapter_scale", b"adapter_scale", "attentions", b"attentions", "base_digest", b"base_digest", "drift", b"drift", "drift_budget", b"drift_budget", "layers", b"layers", "rank", b"rank", "relative_max", b"relative_max", "sigma_max", b"sigma_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__drift_budget: _TypeAlias = _typing.Literal["drift_budget"]  # noqa: Y015
+    _WhichOneofArgType__drift_budget: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_budget) -> _WhichOneofReturnType__drift_budget | None: ...
 
 Global___Certificate: _TypeAlias = Certificate  # noqa: Y015
 

@@ -75,7 +75,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_JOB_NOT_FOUND: _ErrorReason.ValueType  # 23
     """NOT_FOUND: no such job, or it is not yours."""
     ERROR_REASON_JOB_NOT_CANCELLABLE: _ErrorReason.ValueType  # 24
-    """FAILED_PRECONDITION: the job has already ended, or its kind or state does not allow the call."""
+    """FAILED_PRECONDITION: the job has already succeeded or failed."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 25
     """ALREADY_EXISTS: the `request_id` was used before with other contents."""
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 26
@@ -96,6 +96,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAVAILABLE: the server is starting or shutting down; repeat, on another replica if there is one."""
     ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 34
     """RESOURCE_EXHAUSTED: the device has too little memory for this request."""
+    ERROR_REASON_JOB_HAS_NO_RESULT: _ErrorReason.ValueType  # 36
+    """FAILED_PRECONDITION: the job has not ended well yet, or is not of the kind that makes what was asked for."""
+    ERROR_REASON_ARTIFACT_NOT_FOUND: _ErrorReason.ValueType  # 37
+    """NOT_FOUND: the job made no file of this name."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -159,7 +163,7 @@ ERROR_REASON_BASE_NOT_USABLE: ErrorReason.ValueType  # 22
 ERROR_REASON_JOB_NOT_FOUND: ErrorReason.ValueType  # 23
 """NOT_FOUND: no such job, or it is not yours."""
 ERROR_REASON_JOB_NOT_CANCELLABLE: ErrorReason.ValueType  # 24
-"""FAILED_PRECONDITION: the job has already ended, or its kind or state does not allow the call."""
+"""FAILED_PRECONDITION: the job has already succeeded or failed."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 25
 """ALREADY_EXISTS: the `request_id` was used before with other contents."""
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 26
@@ -180,6 +184,10 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 33
 """UNAVAILABLE: the server is starting or shutting down; repeat, on another replica if there is one."""
 ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 34
 """RESOURCE_EXHAUSTED: the device has too little memory for this request."""
+ERROR_REASON_JOB_HAS_NO_RESULT: ErrorReason.ValueType  # 36
+"""FAILED_PRECONDITION: the job has not ended well yet, or is not of the kind that makes what was asked for."""
+ERROR_REASON_ARTIFACT_NOT_FOUND: ErrorReason.ValueType  # 37
+"""NOT_FOUND: the job made no file of this name."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mooring.v1 import adapter_pb2 as _adapter_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _PromptKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_KIND_UNSPECIFIED: _PromptKind.ValueType  # 0
+    """Never sent."""
+    PROMPT_KIND_SUBJECT: _PromptKind.ValueType  # 1
+    """The subject in a new scene."""
+    PROMPT_KIND_GENERIC: _PromptKind.ValueType  # 2
+    """Without the subject."""
+    PROMPT_KIND_CLASS: _PromptKind.ValueType  # 3
+    """The class noun alone, for PRES."""
+    PROMPT_KIND_PLAIN: _PromptKind.ValueType  # 4
+    """The subject alone, for DIV."""
+
+class PromptKind(_PromptKind, metaclass=_PromptKindEnumTypeWrapper):
+    """What a prompt of an evaluation is for."""
+
+PROMPT_KIND_UNSPECIFIED: PromptKind.ValueType  # 0
+"""Never sent."""
+PROMPT_KIND_SUBJECT: PromptKind.ValueType  # 1
+"""The subject in a new scene."""
+PROMPT_KIND_GENERIC: PromptKind.ValueType  # 2
+"""Without the subject."""
+PROMPT_KIND_CLASS: PromptKind.ValueType  # 3
+"""The class noun alone, for PRES."""
+PROMPT_KIND_PLAIN: PromptKind.ValueType  # 4
+"""The subject alone, for DIV."""
+Global___PromptKind: _TypeAlias = PromptKind  # noqa: Y015
 
 @_typing.final
 class EvaluationConfig(_message.Message):
@@ -43,12 +76,12 @@ class EvaluationConfig(_message.Message):
     @_builtins.property
     def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Prompts of the subject in new scenes; `{}` or the placeholder stands for the subject. At most 200, each of the
-        length the base takes. Default: the server's set.
+        length the base takes. Default: six new scenes.
         """
 
     @_builtins.property
     def generic_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Prompts without the subject, which the adapter should leave as they are; at most 200. Default: the server's set."""
+        """Prompts without the subject, which the adapter should leave as they are; 2 to 200. Default: the server's set."""
 
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -144,9 +177,8 @@ class Evaluation(_message.Message):
     """Digest of the judge models. Only figures of the same judges compare."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Metric]:
-        """Each metric by its name: "clip_t", "clip_i", "dino", "pres", "div", "generic_clip_t", and of the untouched base
-        on the same prompts and seeds "base_clip_t", "base_clip_i", "base_dino", "base_pres", "base_div",
-        "base_generic_clip_t". A metric that was not measured is absent.
+        """Each metric by its name: "clip_t", "clip_i", "dino", "pres", "div", "generic_clip_t", "generic_change", and of
+        the untouched base on the same prompts and seeds the same with the prefix "base_". A metric that was not measured is absent.
         """
 
     @_builtins.property
@@ -195,7 +227,7 @@ class Metric(_message.Message):
     name: _builtins.str
     """Which metric."""
     value: _builtins.float
-    """Its value: a cosine, -1 to 1, but for "div" (a mean distance, 0 to 2)."""
+    """Its value: a cosine, -1 to 1, but for the distances "div" and "generic_change", ≥ 0."""
     low: _builtins.float
     """Lower end of the 95 % bootstrap interval over prompts. Absent where there are too few values."""
     high: _builtins.float
@@ -234,20 +266,23 @@ class PromptResult(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
-    GENERIC_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
     BASE_IMAGE_FIELD_NUMBER: _builtins.int
+    BASE_PROMPT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The prompt as it was drawn."""
     seed: _builtins.int
     """The seed."""
-    generic: _builtins.bool
-    """True for a prompt without the subject."""
+    kind: Global___PromptKind.ValueType
+    """What the prompt is for."""
     image: _builtins.str
     """Artifact that shows the picture with the adapter. Empty where none was kept."""
     base_image: _builtins.str
     """Artifact that shows the base's picture of the same prompt and seed. Empty where none was kept."""
+    base_prompt: _builtins.str
+    """The prompt as the base got it, without the placeholder."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Metric]:
         """Its metrics, named as in Evaluation."""
@@ -257,14 +292,15 @@ class PromptResult(_message.Message):
         *,
         prompt: _builtins.str = ...,
         seed: _builtins.int = ...,
-        generic: _builtins.bool = ...,
+        kind: Global___PromptKind.ValueType = ...,
         metrics: _abc.Iterable[Global___Metric] | None = ...,
         image: _builtins.str = ...,
         base_image: _builtins.str = ...,
+        base_prompt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_image", b"base_image", "generic", b"generic", "image", b"image", "metrics", b"metrics", "prompt", b"prompt", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_image", b"base_image", "base_prompt", b"base_prompt", "image", b"image", "kind", b"kind", "metrics", b"metrics", "prompt", b"prompt", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -433,13 +433,13 @@ class GenerateRequest(_message.Message):
     steps: _builtins.int
     """Denoising steps, 1 to 150. Default: 25."""
     guidance_scale: _builtins.float
-    """Classifier-free guidance scale, 1 (off) to 30. Default: 4."""
+    """Classifier-free guidance scale, 0 to 30; 1 and less is off. Default: 4."""
     width: _builtins.int
     """Width in pixels within the server's limits. Default (0): the base's native size."""
     height: _builtins.int
     """Height in pixels within the server's limits. Default (0): the base's native size."""
     seed: _builtins.int
-    """Seed of the first image's noise, 0 to 2⁶³ − 1; image i uses seed + i. Default: 0."""
+    """Seed of the first image's noise, 0 to 2⁶³ − 17; image i uses seed + i. Default: 0."""
     count: _builtins.int
     """Images to draw, 1 to 16. Default: 1."""
     sampler: Global___Sampler.ValueType
@@ -565,7 +565,7 @@ class GenerateProgress(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Steps done, 1 to `steps`."""
+    """Steps done over all images of the request, 1 to `steps`."""
     steps: _builtins.int
     """Steps in all."""
     @_builtins.property
@@ -609,7 +609,7 @@ class GenerateDone(_message.Message):
     """Digest of the base model."""
     @_builtins.property
     def queue_time(self) -> _duration_pb2.Duration:
-        """Time from the request's arrival to its first step."""
+        """Time from the request's arrival to the end of its first step."""
 
     @_builtins.property
     def total_time(self) -> _duration_pb2.Duration:

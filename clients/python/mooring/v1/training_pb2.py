@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19mooring/v1/training.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\"\x93\x05\n\x0eTrainingConfig\x12\x30\n\x06method\x18\x01 \x01(\x0e\x32\x1a.mooring.v1.TrainingMethodB\x04\xe2\x41\x01\x01\x12/\n\x06preset\x18\x02 \x01(\x0e\x32\x17.mooring.v1.DriftPresetB\x04\xe2\x41\x01\x01H\x00\x12\x1c\n\x0c\x64rift_budget\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x12\x1e\n\x0e\x66ixed_strength\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x12\x17\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x18\n\x05steps\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12 \n\rlearning_rate\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x1d\n\nbatch_size\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12\x17\n\x04seed\x18\t \x01(\x04\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12\x32\n\x07targets\x18\n \x01(\x0e\x32\x1b.mooring.v1.TrainingTargetsB\x04\xe2\x41\x01\x01\x12\"\n\x0flearn_embedding\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12\x1f\n\x0cprior_images\x18\x0c \x01(\x05\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12#\n\x10\x63heckpoint_every\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12 \n\rpreview_every\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x42\n\n\x08strengthB\x07\n\x05_rankB\x08\n\x06_stepsB\x10\n\x0e_learning_rateB\r\n\x0b_batch_sizeB\x07\n\x05_seedB\x12\n\x10_learn_embeddingB\x0f\n\r_prior_imagesB\x13\n\x11_checkpoint_everyB\x10\n\x0e_preview_every\"\x86\x01\n\tTrainSpec\x12-\n\x07subject\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12\x18\n\nadapter_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x30\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1a.mooring.v1.TrainingConfigB\x04\xe2\x41\x01\x03*\xcb\x01\n\x0eTrainingMethod\x12\x1f\n\x1bTRAINING_METHOD_UNSPECIFIED\x10\x00\x12\x18\n\x14TRAINING_METHOD_NONE\x10\x01\x12\x16\n\x12TRAINING_METHOD_L2\x10\x02\x12 \n\x1cTRAINING_METHOD_FACTOR_DECAY\x10\x03\x12\x1c\n\x18TRAINING_METHOD_SPECTRAL\x10\x04\x12&\n\"TRAINING_METHOD_PRIOR_PRESERVATION\x10\x05*\x80\x01\n\x0b\x44riftPreset\x12\x1c\n\x18\x44RIFT_PRESET_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44RIFT_PRESET_CONSERVATIVE\x10\x01\x12\x19\n\x15\x44RIFT_PRESET_BALANCED\x10\x02\x12\x19\n\x15\x44RIFT_PRESET_ADAPTIVE\x10\x03*v\n\x0fTrainingTargets\x12 \n\x1cTRAINING_TARGETS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRAINING_TARGETS_ATTENTION\x10\x01\x12!\n\x1dTRAINING_TARGETS_ATTENTION_FF\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19mooring/v1/training.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\"\x82\x07\n\x0eTrainingConfig\x12\x30\n\x06method\x18\x01 \x01(\x0e\x32\x1a.mooring.v1.TrainingMethodB\x04\xe2\x41\x01\x01\x12/\n\x06preset\x18\x02 \x01(\x0e\x32\x17.mooring.v1.DriftPresetB\x04\xe2\x41\x01\x01H\x00\x12\x1c\n\x0c\x64rift_budget\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x12\x1e\n\x0e\x66ixed_strength\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x00\x12\x17\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x01\x88\x01\x01\x12\x18\n\x05steps\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x02\x88\x01\x01\x12 \n\rlearning_rate\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x01H\x03\x88\x01\x01\x12\x1d\n\nbatch_size\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x04\x88\x01\x01\x12\x17\n\x04seed\x18\t \x01(\x04\x42\x04\xe2\x41\x01\x01H\x05\x88\x01\x01\x12\x32\n\x07targets\x18\n \x01(\x0e\x32\x1b.mooring.v1.TrainingTargetsB\x04\xe2\x41\x01\x01\x12\"\n\x0flearn_embedding\x18\x0b \x01(\x08\x42\x04\xe2\x41\x01\x01H\x06\x88\x01\x01\x12\x1f\n\x0cprior_images\x18\x0c \x01(\x05\x42\x04\xe2\x41\x01\x01H\x07\x88\x01\x01\x12#\n\x10\x63heckpoint_every\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01H\x08\x88\x01\x01\x12 \n\rpreview_every\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x01H\t\x88\x01\x01\x12*\n\x17\x65mbedding_learning_rate\x18\x0f \x01(\x01\x42\x04\xe2\x41\x01\x01H\n\x88\x01\x01\x12/\n\x07\x66raming\x18\x10 \x01(\x0e\x32\x18.mooring.v1.PhotoFramingB\x04\xe2\x41\x01\x01\x12\x18\n\x05views\x18\x11 \x01(\x05\x42\x04\xe2\x41\x01\x01H\x0b\x88\x01\x01\x12\x17\n\x04\x66lip\x18\x12 \x01(\x08\x42\x04\xe2\x41\x01\x01H\x0c\x88\x01\x01\x12\x1e\n\x0bprobe_every\x18\x13 \x01(\x05\x42\x04\xe2\x41\x01\x01H\r\x88\x01\x01\x42\n\n\x08strengthB\x07\n\x05_rankB\x08\n\x06_stepsB\x10\n\x0e_learning_rateB\r\n\x0b_batch_sizeB\x07\n\x05_seedB\x12\n\x10_learn_embeddingB\x0f\n\r_prior_imagesB\x13\n\x11_checkpoint_everyB\x10\n\x0e_preview_everyB\x1a\n\x18_embedding_learning_rateB\x08\n\x06_viewsB\x07\n\x05_flipB\x0e\n\x0c_probe_every\"\x86\x01\n\tTrainSpec\x12-\n\x07subject\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12\x18\n\nadapter_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x30\n\x06\x63onfig\x18\x03 \x01(\x0b\x32\x1a.mooring.v1.TrainingConfigB\x04\xe2\x41\x01\x03*\xcb\x01\n\x0eTrainingMethod\x12\x1f\n\x1bTRAINING_METHOD_UNSPECIFIED\x10\x00\x12\x18\n\x14TRAINING_METHOD_NONE\x10\x01\x12\x16\n\x12TRAINING_METHOD_L2\x10\x02\x12 \n\x1cTRAINING_METHOD_FACTOR_DECAY\x10\x03\x12\x1c\n\x18TRAINING_METHOD_SPECTRAL\x10\x04\x12&\n\"TRAINING_METHOD_PRIOR_PRESERVATION\x10\x05*\x80\x01\n\x0b\x44riftPreset\x12\x1c\n\x18\x44RIFT_PRESET_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44RIFT_PRESET_CONSERVATIVE\x10\x01\x12\x19\n\x15\x44RIFT_PRESET_BALANCED\x10\x02\x12\x19\n\x15\x44RIFT_PRESET_ADAPTIVE\x10\x03*v\n\x0fTrainingTargets\x12 \n\x1cTRAINING_TARGETS_UNSPECIFIED\x10\x00\x12\x1e\n\x1aTRAINING_TARGETS_ATTENTION\x10\x01\x12!\n\x1dTRAINING_TARGETS_ATTENTION_FF\x10\x02*b\n\x0cPhotoFraming\x12\x1d\n\x19PHOTO_FRAMING_UNSPECIFIED\x10\x00\x12\x16\n\x12PHOTO_FRAMING_CROP\x10\x01\x12\x1b\n\x17PHOTO_FRAMING_LETTERBOX\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -61,20 +61,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAININGCONFIG'].fields_by_name['checkpoint_every']._serialized_options = b'\342A\001\001'
   _globals['_TRAININGCONFIG'].fields_by_name['preview_every']._loaded_options = None
   _globals['_TRAININGCONFIG'].fields_by_name['preview_every']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGCONFIG'].fields_by_name['embedding_learning_rate']._loaded_options = None
+  _globals['_TRAININGCONFIG'].fields_by_name['embedding_learning_rate']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGCONFIG'].fields_by_name['framing']._loaded_options = None
+  _globals['_TRAININGCONFIG'].fields_by_name['framing']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGCONFIG'].fields_by_name['views']._loaded_options = None
+  _globals['_TRAININGCONFIG'].fields_by_name['views']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGCONFIG'].fields_by_name['flip']._loaded_options = None
+  _globals['_TRAININGCONFIG'].fields_by_name['flip']._serialized_options = b'\342A\001\001'
+  _globals['_TRAININGCONFIG'].fields_by_name['probe_every']._loaded_options = None
+  _globals['_TRAININGCONFIG'].fields_by_name['probe_every']._serialized_options = b'\342A\001\001'
   _globals['_TRAINSPEC'].fields_by_name['subject']._loaded_options = None
   _globals['_TRAINSPEC'].fields_by_name['subject']._serialized_options = b'\342A\001\003\372A\025\n\023mooring.dev/Subject'
   _globals['_TRAINSPEC'].fields_by_name['adapter_id']._loaded_options = None
   _globals['_TRAINSPEC'].fields_by_name['adapter_id']._serialized_options = b'\342A\001\003'
   _globals['_TRAINSPEC'].fields_by_name['config']._loaded_options = None
   _globals['_TRAINSPEC'].fields_by_name['config']._serialized_options = b'\342A\001\003'
-  _globals['_TRAININGMETHOD']._serialized_start=901
-  _globals['_TRAININGMETHOD']._serialized_end=1104
-  _globals['_DRIFTPRESET']._serialized_start=1107
-  _globals['_DRIFTPRESET']._serialized_end=1235
-  _globals['_TRAININGTARGETS']._serialized_start=1237
-  _globals['_TRAININGTARGETS']._serialized_end=1355
+  _globals['_TRAININGMETHOD']._serialized_start=1140
+  _globals['_TRAININGMETHOD']._serialized_end=1343
+  _globals['_DRIFTPRESET']._serialized_start=1346
+  _globals['_DRIFTPRESET']._serialized_end=1474
+  _globals['_TRAININGTARGETS']._serialized_start=1476
+  _globals['_TRAININGTARGETS']._serialized_end=1594
+  _globals['_PHOTOFRAMING']._serialized_start=1596
+  _globals['_PHOTOFRAMING']._serialized_end=1694
   _globals['_TRAININGCONFIG']._serialized_start=102
-  _globals['_TRAININGCONFIG']._serialized_end=761
-  _globals['_TRAINSPEC']._serialized_start=764
-  _globals['_TRAINSPEC']._serialized_end=898
+  _globals['_TRAININGCONFIG']._serialized_end=1000
+  _globals['_TRAINSPEC']._serialized_start=1003
+  _globals['_TRAINSPEC']._serialized_end=1137
 # @@protoc_insertion_point(module_scope)

@@ -105,6 +105,30 @@ TRAINING_TARGETS_ATTENTION_FF: TrainingTargets.ValueType  # 2
 """Those, and the feed-forward layers of the transformer blocks."""
 Global___TrainingTargets: _TypeAlias = TrainingTargets  # noqa: Y015
 
+class _PhotoFraming:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PhotoFramingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PhotoFraming.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PHOTO_FRAMING_UNSPECIFIED: _PhotoFraming.ValueType  # 0
+    """Taken as CROP."""
+    PHOTO_FRAMING_CROP: _PhotoFraming.ValueType  # 1
+    """The centre square."""
+    PHOTO_FRAMING_LETTERBOX: _PhotoFraming.ValueType  # 2
+    """The whole photo on the mean colour of its border."""
+
+class PhotoFraming(_PhotoFraming, metaclass=_PhotoFramingEnumTypeWrapper):
+    """How a photo becomes a square."""
+
+PHOTO_FRAMING_UNSPECIFIED: PhotoFraming.ValueType  # 0
+"""Taken as CROP."""
+PHOTO_FRAMING_CROP: PhotoFraming.ValueType  # 1
+"""The centre square."""
+PHOTO_FRAMING_LETTERBOX: PhotoFraming.ValueType  # 2
+"""The whole photo on the mean colour of its border."""
+Global___PhotoFraming: _TypeAlias = PhotoFraming  # noqa: Y015
+
 @_typing.final
 class TrainingConfig(_message.Message):
     """How to train. Every unset field takes the server's default, which GetServerInfo returns in `training_defaults`;
@@ -127,36 +151,53 @@ class TrainingConfig(_message.Message):
     PRIOR_IMAGES_FIELD_NUMBER: _builtins.int
     CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
     PREVIEW_EVERY_FIELD_NUMBER: _builtins.int
+    EMBEDDING_LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    FRAMING_FIELD_NUMBER: _builtins.int
+    VIEWS_FIELD_NUMBER: _builtins.int
+    FLIP_FIELD_NUMBER: _builtins.int
+    PROBE_EVERY_FIELD_NUMBER: _builtins.int
     method: Global___TrainingMethod.ValueType
     """The method. Default: SPECTRAL."""
     preset: Global___DriftPreset.ValueType
     """A named drift budget: the server finds the penalty strength that meets it."""
     drift_budget: _builtins.float
-    """A drift budget as a share of the base's guidance energy, > 0 to 10: the server finds the strength that
+    """A drift budget as a share of the base's guidance energy, 0.0001 to 10: the server finds the strength that
     meets it.
     """
     fixed_strength: _builtins.float
-    """A fixed penalty strength λ ≥ 0, for experiments."""
+    """A fixed penalty strength λ, 0 to 10⁹, or the weight of the class-image loss."""
     rank: _builtins.int
     """Rank of the factors, 1 to the server's limit. Default: 8."""
     steps: _builtins.int
-    """Optimiser steps, 1 to 10,000. Default: 400."""
+    """Optimiser steps, 1 to 20,000. Default: 400."""
     learning_rate: _builtins.float
-    """Learning rate, > 0 to 1. Default: 0.001."""
+    """Peak learning rate of the factors, 10⁻⁷ to 1. Default: 0.001."""
     batch_size: _builtins.int
-    """Photos per step, 1 to 64. Default: 4."""
+    """Photo views per step, 1 to 256. Default: 4."""
     seed: _builtins.int
-    """Seed of everything random: on a CPU the same request gives the same adapter. Default: 0."""
+    """Seed of everything random, 0 to 2⁶³ − 1: on a CPU the same request gives the same adapter. Default: 0."""
     targets: Global___TrainingTargets.ValueType
     """Which layers are adapted. Default: ATTENTION."""
     learn_embedding: _builtins.bool
     """Whether the placeholder's token embedding is learned too. Default: true."""
     prior_images: _builtins.int
-    """Pictures of the class for PRIOR_PRESERVATION, 1 to 1,000."""
+    """Pictures of the class that the base draws for PRIOR_PRESERVATION, 1 to 1,000. Default: 32."""
     checkpoint_every: _builtins.int
-    """Steps between two checkpoints, 1 to 10,000. Default: 50."""
+    """Steps between two checkpoints, 1 to 20,000. Default: 50."""
     preview_every: _builtins.int
-    """Steps between two previews, 0 (none) to 10,000. Default: 100."""
+    """Steps between two previews, 0 (none) to 20,000. Default: 100."""
+    embedding_learning_rate: _builtins.float
+    """Peak learning rate of the placeholder's embedding, relative to the RMS of the embedding table, 0 to 10.
+    Default: 0.02.
+    """
+    framing: Global___PhotoFraming.ValueType
+    """How a photo becomes a square. Default: CROP."""
+    views: _builtins.int
+    """Slightly shifted and zoomed variants per photo, the photo itself included, 1 to 64. Default: 4."""
+    flip: _builtins.bool
+    """Whether every second view is mirrored; wrong for whatever carries text. Default: false."""
+    probe_every: _builtins.int
+    """Steps between two drift measurements that steer the penalty strength, 1 to 20,000. Default: 10."""
     def __init__(
         self,
         *,
@@ -174,15 +215,24 @@ class TrainingConfig(_message.Message):
         prior_images: _builtins.int | None = ...,
         checkpoint_every: _builtins.int | None = ...,
         preview_every: _builtins.int | None = ...,
+        embedding_learning_rate: _builtins.float | None = ...,
+        framing: Global___PhotoFraming.ValueType = ...,
+        views: _builtins.int | None = ...,
+        flip: _builtins.bool | None = ...,
+        probe_every: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_every", b"_checkpoint_every", "_learn_embedding", b"_learn_embedding", "_learning_rate", b"_learning_rate", "_preview_every", b"_preview_every", "_prior_images", b"_prior_images", "_rank", b"_rank", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "checkpoint_every", b"checkpoint_every", "drift_budget", b"drift_budget", "fixed_strength", b"fixed_strength", "learn_embedding", b"learn_embedding", "learning_rate", b"learning_rate", "preset", b"preset", "preview_every", b"preview_every", "prior_images", b"prior_images", "rank", b"rank", "seed", b"seed", "steps", b"steps", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_every", b"_checkpoint_every", "_embedding_learning_rate", b"_embedding_learning_rate", "_flip", b"_flip", "_learn_embedding", b"_learn_embedding", "_learning_rate", b"_learning_rate", "_preview_every", b"_preview_every", "_prior_images", b"_prior_images", "_probe_every", b"_probe_every", "_rank", b"_rank", "_seed", b"_seed", "_steps", b"_steps", "_views", b"_views", "batch_size", b"batch_size", "checkpoint_every", b"checkpoint_every", "drift_budget", b"drift_budget", "embedding_learning_rate", b"embedding_learning_rate", "fixed_strength", b"fixed_strength", "flip", b"flip", "learn_embedding", b"learn_embedding", "learning_rate", b"learning_rate", "preset", b"preset", "preview_every", b"preview_every", "prior_images", b"prior_images", "probe_every", b"probe_every", "rank", b"rank", "seed", b"seed", "steps", b"steps", "strength", b"strength", "views", b"views"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_every", b"_checkpoint_every", "_learn_embedding", b"_learn_embedding", "_learning_rate", b"_learning_rate", "_preview_every", b"_preview_every", "_prior_images", b"_prior_images", "_rank", b"_rank", "_seed", b"_seed", "_steps", b"_steps", "batch_size", b"batch_size", "checkpoint_every", b"checkpoint_every", "drift_budget", b"drift_budget", "fixed_strength", b"fixed_strength", "learn_embedding", b"learn_embedding", "learning_rate", b"learning_rate", "method", b"method", "preset", b"preset", "preview_every", b"preview_every", "prior_images", b"prior_images", "rank", b"rank", "seed", b"seed", "steps", b"steps", "strength", b"strength", "targets", b"targets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_checkpoint_every", b"_checkpoint_every", "_embedding_learning_rate", b"_embedding_learning_rate", "_flip", b"_flip", "_learn_embedding", b"_learn_embedding", "_learning_rate", b"_learning_rate", "_preview_every", b"_preview_every", "_prior_images", b"_prior_images", "_probe_every", b"_probe_every", "_rank", b"_rank", "_seed", b"_seed", "_steps", b"_steps", "_views", b"_views", "batch_size", b"batch_size", "checkpoint_every", b"checkpoint_every", "drift_budget", b"drift_budget", "embedding_learning_rate", b"embedding_learning_rate", "fixed_strength", b"fixed_strength", "flip", b"flip", "framing", b"framing", "learn_embedding", b"learn_embedding", "learning_rate", b"learning_rate", "method", b"method", "preset", b"preset", "preview_every", b"preview_every", "prior_images", b"prior_images", "probe_every", b"probe_every", "rank", b"rank", "seed", b"seed", "steps", b"steps", "strength", b"strength", "targets", b"targets", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
+    _WhichOneofReturnType__embedding_learning_rate: _TypeAlias = _typing.Literal["embedding_learning_rate"]  # noqa: Y015
+    _WhichOneofArgType__embedding_learning_rate: _TypeAlias = _typing.Literal["_embedding_learning_rate", b"_embedding_learning_rate"]  # noqa: Y015
+    _WhichOneofReturnType__flip: _TypeAlias = _typing.Literal["flip"]  # noqa: Y015
+    _WhichOneofArgType__flip: _TypeAlias = _typing.Literal["_flip", b"_flip"]  # noqa: Y015
     _WhichOneofReturnType__learn_embedding: _TypeAlias = _typing.Literal["learn_embedding"]  # noqa: Y015
     _WhichOneofArgType__learn_embedding: _TypeAlias = _typing.Literal["_learn_embedding", b"_learn_embedding"]  # noqa: Y015
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
@@ -191,18 +241,26 @@ class TrainingConfig(_message.Message):
     _WhichOneofArgType__preview_every: _TypeAlias = _typing.Literal["_preview_every", b"_preview_every"]  # noqa: Y015
     _WhichOneofReturnType__prior_images: _TypeAlias = _typing.Literal["prior_images"]  # noqa: Y015
     _WhichOneofArgType__prior_images: _TypeAlias = _typing.Literal["_prior_images", b"_prior_images"]  # noqa: Y015
+    _WhichOneofReturnType__probe_every: _TypeAlias = _typing.Literal["probe_every"]  # noqa: Y015
+    _WhichOneofArgType__probe_every: _TypeAlias = _typing.Literal["_probe_every", b"_probe_every"]  # noqa: Y015
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__views: _TypeAlias = _typing.Literal["views"]  # noqa: Y015
+    _WhichOneofArgType__views: _TypeAlias = _typing.Literal["_views", b"_views"]  # noqa: Y015
     _WhichOneofReturnType_strength: _TypeAlias = _typing.Literal["preset", "drift_budget", "fixed_strength"]  # noqa: Y015
     _WhichOneofArgType_strength: _TypeAlias = _typing.Literal["strength", b"strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__checkpoint_every) -> _WhichOneofReturnType__checkpoint_every | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__embedding_learning_rate) -> _WhichOneofReturnType__embedding_learning_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__flip) -> _WhichOneofReturnType__flip | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learn_embedding) -> _WhichOneofReturnType__learn_embedding | None: ...
     @_typing.overload
@@ -212,11 +270,15 @@ class TrainingConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prior_images) -> _WhichOneofReturnType__prior_images | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probe_every) -> _WhichOneofReturnType__probe_every | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__views) -> _WhichOneofReturnType__views | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_strength) -> _WhichOneofReturnType_strength | None: ...
 

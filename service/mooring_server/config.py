@@ -1,0 +1,142 @@
+"""Settings of the server: one typed class, read from `MOORING_*` variables or made in code.
+
+Every default is right for one person on one machine: loopback only, SQLite and a folder under the user's
+state directory, the packaged base model. What is not right is refused when the settings are made, not when a
+request first meets it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MIB = 2**20
+
+
+def default_state_dir() -> Path:
+    """`$XDG_STATE_HOME/mooring`, by default `~/.local/state/mooring` (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mooring"
+
+
+def default_threads() -> int:
+    """One torch thread fewer than the processors this process may use, and at least one.
+
+    Threads that outnumber free processors wait for each other by spinning: a small UNet step took 16 times as
+    long with two threads on two busy cores.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Each field is also the variable `MOORING_<NAME>`."""
+
+    model_config = SettingsConfigDict(env_prefix="MOORING_", frozen=True, extra="forbid")
+
+    base: str = Field("", description="Base model: local directory or hub id. Default: the packaged dinghy.")
+    clip_judge: str = Field(
+        "", description="CLIP judge for Evaluate: a local CLIPModel directory. Default: packaged."
+    )
+    dino_judge: str = Field(
+        "", description="DINO judge for Evaluate: a local ViT directory. Default: packaged."
+    )
+    device: str = Field("cpu", description="Torch device of the base, for example cpu or cuda:0.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Number format of UNet and text encoders."
+    )
+    threads: int = Field(
+        default_factory=default_threads, ge=1, le=1024, description="Torch threads of the engine."
+    )
+
+    state_dir: Path = Field(
+        default_factory=default_state_dir, description="Folder of the database and the objects."
+    )
+    database_url: str = Field("", description="SQLAlchemy URL. Default: SQLite in the state directory.")
+
+    listen: str = Field(
+        "127.0.0.1:50051", description="Address of the gRPC server; port 0 takes a free one. Loopback only."
+    )
+    metrics_listen: str = Field(
+        "127.0.0.1:9464", description="Address of /metrics; port 0 takes a free one, empty switches it off."
+    )
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="auto: JSON unless standard error is a terminal."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level.")
+
+    slots: int = Field(9, ge=2, le=4096, description="Device slots of the adapter bank, with the zero slot.")
+    rank: int = Field(16, ge=1, le=128, description="Largest adapter rank.")
+    targets: Literal["attention", "attention+ff"] = Field(
+        "attention+ff", description="Layers that adapters may change."
+    )
+    training_share: float = Field(
+        0.2, ge=0.0, le=1.0, description="Share of device time that training keeps while others wait."
+    )
+    max_queue: int = Field(64, ge=1, le=100_000, description="Generation requests that may wait or run.")
+    max_batch_in_flight: int = Field(
+        16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
+    )
+    max_photo_bytes: int = Field(20 * MIB, ge=1024, le=200 * MIB, description="Size of one uploaded photo.")
+    max_adapter_bytes: int = Field(
+        512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."
+    )
+    adapter_cache: int = Field(64, ge=1, le=100_000, description="Decoded adapters kept in host memory.")
+    lease_seconds: float = Field(
+        30.0, ge=1.0, le=3600.0, description="A job whose runner is silent this long is taken over."
+    )
+    drain_pause_seconds: float = Field(
+        0.0, ge=0.0, le=300.0, description="From NOT_SERVING to refusing calls; lets load balancers notice."
+    )
+    drain_seconds: float = Field(
+        25.0, ge=0.0, le=3600.0, description="Time for running calls and the job's checkpoint at shutdown."
+    )
+
+    @field_validator("listen", "metrics_listen")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        """The server has no authentication yet, so nothing but this machine may reach it."""
+        if not value:
+            return value
+        host, separator, port = value.rpartition(":")
+        if not separator or not port.isdigit() or int(port) > 65535:
+            message = f"{value!r} is not host:port"
+            raise ValueError(message)
+        if not is_loopback(host):
+            message = (
+                f"{value!r} is not a loopback address: the server answers without authentication, so it "
+                "listens on 127.0.0.1, [::1] or localhost only"
+            )
+            raise ValueError(message)
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _present(cls, value: str) -> str:
+        if not value:
+            message = "an address is needed"
+            raise ValueError(message)
+        return value
+
+    @property
+    def storage_url(self) -> str:
+        """The database's URL."""
+        return self.database_url or f"sqlite:///{self.state_dir / 'mooring.db'}"
+
+    @property
+    def objects_dir(self) -> Path:
+        """Folder of photos, checkpoints, adapters and results."""
+        return self.state_dir / "objects"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host (no port, brackets allowed) can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

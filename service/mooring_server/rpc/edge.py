@@ -1,0 +1,241 @@
+"""The outermost interceptor: identity, errors, metrics and the canonical log line of every call.
+
+One place on purpose: only here is it known how a call really ended. grpc.aio tells by exceptions alone:
+`AbortError` (an `Exception`; the status is already set on the context), `CancelledError` (the peer left, its
+deadline passed or the server stops) and anything else, which grpc would report as UNKNOWN with the
+exception's text. `context.cancelled()` is False in done-callbacks, so no callback is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import grpc
+import grpc.aio
+import structlog
+
+from mooring_server.errors import MooringError, Reason
+from mooring_server.rpc import status
+from mooring_server.rpc.caller import CALLER, LOCAL_TENANT, Caller
+from mooring_server.telemetry.logs import get_logger
+from mooring_server.telemetry.metrics import Metrics
+
+log = get_logger("mooring.rpc")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+if TYPE_CHECKING:
+    _ServerInterceptor = grpc.aio.ServerInterceptor[Any, Any]
+else:
+    _ServerInterceptor = grpc.aio.ServerInterceptor  # generic in the type stubs only
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUIET = ("grpc.health.", "grpc.reflection.")
+
+
+@dataclass
+class Gate:
+    """Whether calls are taken, and how many are being handled; shared by the interceptor and the drain.
+
+    Attributes:
+        ready: the base model is resident.
+        draining: set when shutdown begins; long-lived streams end when they see it.
+        in_flight: calls being handled, health and reflection not counted.
+        idle: set while there are none.
+    """
+
+    ready: bool = False
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    in_flight: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+    def enter(self) -> None:
+        """Count a call."""
+        self.in_flight += 1
+        self.idle.clear()
+
+    def require_ready(self) -> None:
+        """Refuse what comes before the base model is resident. Raises DRAINING (UNAVAILABLE)."""
+        if not self.ready:
+            raise MooringError(
+                Reason.DRAINING, "The base model is still being loaded.", remedy="Repeat in a few seconds."
+            )
+
+    def leave(self) -> None:
+        """Count its end."""
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A method as metrics and logs name it."""
+
+    shape: str
+    service: str
+    method: str
+
+    @property
+    def quiet(self) -> bool:
+        """Health and reflection: probes call them all day, and they answer before the base is resident."""
+        return self.service.startswith(_QUIET)
+
+
+class EdgeInterceptor(_ServerInterceptor):
+    """Wraps every method of every service.
+
+    Args:
+        metrics: where the gRPC trio is counted.
+        gate: refuses calls until the base is resident.
+    """
+
+    def __init__(self, metrics: Metrics, gate: Gate) -> None:
+        self._metrics = metrics
+        self._gate = gate
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Replace the handler by one that runs it under observation; unknown methods stay unknown."""
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        service, _, method = handler_call_details.method.removeprefix("/").rpartition("/")
+        shape = (
+            ("client_stream" if handler.request_streaming else "unary")
+            if not (handler.response_streaming)
+            else ("bidi_stream" if handler.request_streaming else "server_stream")
+        )
+        call = _Call(shape, service, method)
+        make, inner = {
+            "unary": (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+            "client_stream": (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+            "server_stream": (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+            "bidi_stream": (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+        }[shape]
+
+        async def answer(request: Any, context: Context) -> Any:
+            return await self._observe(call, context, lambda: inner(request, context))
+
+        async def stream(request: Any, context: Context) -> None:
+            await self._observe(call, context, lambda: _send(inner(request, context), context))
+
+        return make(
+            stream if handler.response_streaming else answer,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _observe(self, call: _Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
+        caller = Caller(LOCAL_TENANT, _request_id(context))
+        CALLER.set(caller)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(
+            request_id=caller.request_id, tenant=caller.tenant, method=f"{call.service}/{call.method}"
+        )
+        labels = (call.shape, call.service, call.method)
+        code, reason, started = grpc.StatusCode.OK, "", time.perf_counter()
+        self._metrics.started.labels(*labels).inc()
+        if not call.quiet:
+            self._gate.enter()
+            self._metrics.in_flight.inc()
+        try:
+            context.set_trailing_metadata((("x-request-id", caller.request_id),))
+            if not call.quiet:
+                self._gate.require_ready()
+            answer = await run()
+            code = _set_code(context)
+        except asyncio.CancelledError:
+            code = _cancel_code(context)
+            raise
+        except grpc.aio.AbortError:
+            code = _set_code(context)
+            raise
+        except MooringError as error:
+            code, reason = status.grpc_code(error), error.reason.value
+            await _abort(context, error, caller)
+        except Exception as failure:
+            if context.done():  # the peer left while we were sending to it
+                code = _cancel_code(context)
+                raise
+            code, reason = grpc.StatusCode.INTERNAL, Reason.INTERNAL.value
+            log.exception("unexpected error", error_type=type(failure).__name__)
+            hidden = MooringError(
+                Reason.INTERNAL,
+                f"The server failed on request {caller.request_id}.",
+                remedy="Please report it with that id; the server's log has the cause.",
+            )
+            await _abort(context, hidden, caller)
+        else:
+            return answer
+        finally:
+            seconds = time.perf_counter() - started
+            self._metrics.handled.labels(*labels, code.name).inc()
+            self._metrics.handling.labels(*labels).observe(seconds)
+            if not call.quiet:
+                self._gate.leave()
+                self._metrics.in_flight.dec()
+            write = log.debug if call.quiet else log.warning if code is grpc.StatusCode.INTERNAL else log.info
+            write(
+                "rpc",
+                code=code.name,
+                seconds=round(seconds, 6),
+                peer=context.peer(),
+                **({"reason": reason} if reason else {}),
+            )
+
+
+async def _send(result: Any, context: Context) -> None:
+    """Run a streaming handler of either kind: one that yields, or one that writes by itself."""
+    if not hasattr(result, "__aiter__"):
+        await result
+        return
+    messages: AsyncIterator[Any] = result
+    try:
+        async for message in messages:
+            await context.write(message)
+    finally:
+        # A cancelled loop leaves the generator suspended: without this its `finally` would run at some later
+        # garbage collection, and a disconnected caller's images would go on being drawn until then.
+        close = getattr(messages, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _abort(context: Context, error: MooringError, caller: Caller) -> NoReturn:
+    await context.abort(
+        status.grpc_code(error),
+        status.message_of(error),
+        status.trailing_metadata(error, caller.request_id),
+    )
+
+
+def _request_id(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _set_code(context: Context) -> grpc.StatusCode:
+    """The status that the handler set on the context (grpc.aio gives a number); OK when it set none."""
+    value: Any = context.code()
+    if isinstance(value, grpc.StatusCode):
+        return value
+    return next((code for code in grpc.StatusCode if code.value[0] == value), grpc.StatusCode.OK)
+
+
+def _cancel_code(context: Context) -> grpc.StatusCode:
+    left = context.time_remaining()
+    late = left is not None and left <= 0
+    return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED

@@ -1,0 +1,129 @@
+"""Prometheus metrics of one server, in a registry of its own so that several servers fit into a process.
+
+The gRPC trio keeps the names that dashboards know (`grpc_server_*`); ours begin with `mooring_`, in base
+units. Labels are bounded: no tenant, prompt or adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+JobCounts = Mapping[tuple[str, str], int]
+TrainingFigures = Iterable[Mapping[str, Any]]
+
+
+class Metrics:
+    """All metrics of one server.
+
+    Args:
+        version: of the software, for build_info.
+    """
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        rpc = ["grpc_type", "grpc_service", "grpc_method"]
+        self.started = self._counter("grpc_server_started", "Calls that began.", rpc)
+        self.handled = self._counter(
+            "grpc_server_handled", "Calls that ended, by status.", [*rpc, "grpc_code"]
+        )
+        self.handling = self._histogram(
+            "grpc_server_handling_seconds", "From a call's begin to its end.", _CALLS, rpc
+        )
+        self.in_flight = self._gauge("mooring_rpcs_in_flight", "Calls being handled.", [])
+        self.queue_depth = self._gauge("mooring_queue_depth", "Engine tasks that wait or run.", ["class"])
+        self.queue_wait = self._histogram(
+            "mooring_queue_wait_seconds", "From a request's arrival to its first step.", _CALLS, []
+        )
+        self.tick_seconds = self._histogram(
+            "mooring_tick_seconds", "One tick of the engine.", _FAST, ["class"]
+        )
+        self.stage_seconds = self._histogram(
+            "mooring_stage_seconds", "One stage of device work.", _FAST, ["stage"]
+        )
+        self.batch_size = self._histogram("mooring_batch_rows", "Rows of a UNet call.", _COUNTS, [])
+        self.batch_adapters = self._histogram(
+            "mooring_batch_adapters", "Different adapters in a UNet call.", _COUNTS, []
+        )
+        self.images = self._counter("mooring_images", "Images drawn and sent.", [])
+        self.steps = self._counter("mooring_steps", "Denoising steps done for callers.", [])
+        self.cache_queries = self._counter(
+            "mooring_adapter_cache_queries", "Look-ups of an adapter.", ["tier"]
+        )
+        self.cache_hits = self._counter("mooring_adapter_cache_hits", "Look-ups that found it.", ["tier"])
+        self.photos = self._counter("mooring_photos", "Uploaded photos, by outcome.", ["outcome"])
+        self.device_bytes = self._gauge(
+            "mooring_device_bytes", "Bytes on the device that are known, by kind.", ["kind"]
+        )
+        self.ready = self._gauge(
+            "mooring_ready", "1 while the base model is resident and calls are taken.", []
+        )
+        info = self._gauge("mooring_build_info", "Always 1; the labels tell the build.", ["version"])
+        info.labels(version).set(1)
+
+    def watch_jobs(
+        self, counts: Callable[[], JobCounts], running_training: Callable[[], TrainingFigures]
+    ) -> None:
+        """Export jobs by kind and state, and the figures of running trainings, read at each scrape.
+
+        Args:
+            counts: jobs by (kind, state) over all tenants.
+            running_training: newest progress of each running training job.
+        """
+        self.registry.register(_JobCollector(counts, running_training))
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: list[str]) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], labels: list[str]) -> Histogram:
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class _JobCollector(Collector):
+    """Reads the store when it is scraped: right after a restart too, and free while nobody looks."""
+
+    _FIGURES: Mapping[str, str] = {
+        "loss": "Denoising loss of the running training, the latest step.",
+        "drift": "Drift of the running training as a share of the base's guidance energy.",
+        "budget": "Drift budget of the running training.",
+        "strength": "Penalty strength λ of the running training.",
+        "sigma_max": "Largest spectral norm over the layers of the running training.",
+        "step": "Steps that the running training has done.",
+    }
+
+    def __init__(
+        self, counts: Callable[[], JobCounts], running_training: Callable[[], TrainingFigures]
+    ) -> None:
+        self._counts = counts
+        self._running = running_training
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """Names only, so that registering does not read the store."""
+        yield GaugeMetricFamily("mooring_jobs", "Jobs by kind and state.", labels=["kind", "state"])
+        for name, text in self._FIGURES.items():
+            yield GaugeMetricFamily(f"mooring_training_{name}", text)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One sample per kind and state; training figures while a training runs (the largest of several)."""
+        jobs = GaugeMetricFamily("mooring_jobs", "Jobs by kind and state.", labels=["kind", "state"])
+        for (kind, state), count in sorted(self._counts().items()):
+            jobs.add_metric([kind, state], count)
+        yield jobs
+        running = list(self._running())
+        for name, text in self._FIGURES.items():
+            family = GaugeMetricFamily(f"mooring_training_{name}", text)
+            values = [float(job[name]) for job in running if job.get(name) is not None]
+            if values:
+                family.add_metric([], max(values))
+            yield family
