@@ -9,20 +9,6 @@ def unit(*rows):
     return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "placeholder", "expected"),
-    [
-        ("a photo of a <fox> fox in the snow", "<fox>", "a photo of a fox in the snow"),
-        ("a photo of a <FOX> fox", "<fox>", "a photo of a fox"),
-        ("a sks, at night", "sks", "a, at night"),
-        ("a task on a desk", "sk", "a task on a desk"),
-        ("a fox", "", "a fox"),
-    ],
-)
-def test_placeholder_is_removed_as_a_whole_word(prompt, placeholder, expected):
-    assert metrics.without_placeholder(prompt, placeholder) == expected
-
-
 def test_clip_t_pairs_each_image_with_its_own_prompt():
     images, texts = unit([1, 0], [0, 1], [1, 1]), unit([1, 0], [1, 0], [1, 0])
     assert metrics.clip_t(images, texts).tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])

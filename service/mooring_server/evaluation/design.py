@@ -78,11 +78,17 @@ def bootstrap_ratio(
 
 
 def interleave(generic: Sequence[str], class_: Sequence[str]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """Both lists without repeats, the shorter spread evenly through the longer."""
+    """Both lists without repeats, the shorter spread evenly through the longer.
+
+    Returns:
+        (prompts, whether each is a class prompt); a prompt in both lists is a class prompt.
+    """
+    classes = list(dict.fromkeys(class_))
+    generics = [prompt for prompt in dict.fromkeys(generic) if prompt not in classes]
     placed = [
-        ((i + 0.5) / len(unique), is_class, prompt)
-        for unique, is_class in ((list(dict.fromkeys(generic)), False), (list(dict.fromkeys(class_)), True))
-        for i, prompt in enumerate(unique)
+        ((i + 0.5) / len(prompts), is_class, prompt)
+        for prompts, is_class in ((generics, False), (classes, True))
+        for i, prompt in enumerate(prompts)
     ]
     placed.sort(key=lambda item: item[:2])
     return tuple(prompt for _, _, prompt in placed), tuple(is_class for _, is_class, _ in placed)

@@ -7,7 +7,6 @@ over prompts, because images of one prompt are not independent.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,16 +14,17 @@ from torch import Tensor
 
 from mooring_server.evaluation.design import bootstrap_ratio
 
-
-def without_placeholder(prompt: str, placeholder: str) -> str:
-    """The prompt as the judges' text tower reads it: the placeholder token removed, spaces closed up.
-
-    The judge never saw the placeholder; leaving it in would score how the tokenizer cuts a nonsense word.
-    """
-    if not placeholder:
-        return prompt
-    removed = re.sub(rf"(?<!\w){re.escape(placeholder)}(?!\w)", " ", prompt, flags=re.IGNORECASE)
-    return re.sub(r"\s+([,.;:!?])", r"\1", " ".join(removed.split()))
+HIGHER_IS_BETTER = {
+    "clip_t": True,
+    "clip_i": True,
+    "dino": True,
+    "pres": False,
+    "div": True,
+    "generic_clip_t": True,
+    "generic_change": False,
+    "drift": False,
+}
+"""Direction of every figure; figures of the base on the same pictures' seeds carry the prefix `base_`."""
 
 
 def clip_t(images: Tensor, texts: Tensor) -> Tensor:
