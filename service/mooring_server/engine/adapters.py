@@ -1,0 +1,392 @@
+"""Adapters as values and as files: low-rank factors and learned token embeddings for one base.
+
+The file is one safetensors with diffusers' own key names (`unet.….to_q.lora_A.weight`), the scale folded into
+B, so its LoRA part loads elsewhere as it is. Reading is strict and allocates nothing before the header has
+been
+checked: size cap, allow-listed keys, shapes, dtypes, the base's digest, then finiteness. A key that this base
+has
+no layer for is an error that names it: an adapter that silently does nothing is the most reported fault of
+today's tools. Left out: importing kohya and PEFT variants, convolution layers.
+
+Shape legend: r rank, n vectors of a placeholder, width of a text encoder's token embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mooring_server.errors import MooringError, Reason
+
+if TYPE_CHECKING:
+    from mooring_server.engine.model import BaseModel
+
+FORMAT = "mooring.adapter.v1"
+MAX_ADAPTER_BYTES = 512 * 2**20
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_MAX_HEADER_BYTES = 8 * 2**20
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+_EMBEDDING = re.compile(r"embeddings\.(?P<index>\d+)\.(?P<encoder>\d+)")
+_SHOWN = 5
+"""Offending keys named in a message; the rest is counted."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """ΔW = B·A of one layer, float32; LoRA's scale is folded into B.
+
+    Args:
+        A: `[r, in]`.
+        B: `[out, r]`.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedEmbeddings:
+    """Token embeddings of placeholder tokens.
+
+    Args:
+        tokens: placeholder → one `[n, width]` per text encoder, the same n in each.
+    """
+
+    tokens: Mapping[str, tuple[Tensor, ...]]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Vectors of each placeholder."""
+        return {name: int(vectors[0].shape[0]) for name, vectors in self.tokens.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """What training yields, immutable.
+
+    Args:
+        base_digest: the base that the factors were trained on.
+        rank: largest rank among the layers.
+        layers: module path (`unet.….to_q`) → factors.
+        embeddings: learned placeholder tokens, or None.
+        metadata: short strings kept with the file (subject, method, certificate …); not part of the digest.
+    """
+
+    base_digest: str
+    rank: int
+    layers: Mapping[str, LayerFactors]
+    embeddings: LearnedEmbeddings | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:…` over base digest, names, shapes and float32 bytes of all tensors, in sorted order."""
+        digest = hashlib.sha256(f"{FORMAT}\0{self.base_digest}\0".encode())
+        for key, tensor in sorted(_tensors(self).items()):
+            digest.update(f"{key}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.numpy().tobytes())
+        for name in sorted(self.embeddings.tokens if self.embeddings else ()):
+            digest.update(f"{name}\0".encode())
+        return "sha256:" + digest.hexdigest()
+
+
+def layer_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
+    """Every layer of the base that an adapter may change → (out, in)."""
+    return {
+        name: (module.out_features, module.in_features) for name, module in adaptable_layers(base).items()
+    }
+
+
+def adaptable_layers(base: BaseModel, targets: str = "attention+ff") -> dict[str, torch.nn.Linear]:
+    """The linear layers of the UNet's transformer blocks, by the path used in adapter files.
+
+    Args:
+        base: the base model.
+        targets: "attention" (to_q, to_k, to_v, to_out) or "attention+ff" (also the feed-forward layers).
+
+    Raises:
+        ValueError: for another `targets`.
+    """
+    endings: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    if targets == "attention+ff":
+        endings = (*endings, "ff.net.0.proj", "ff.net.2")
+    elif targets != "attention":
+        raise ValueError(f"targets are “attention” or “attention+ff”, not {targets!r}")
+    return {
+        f"unet.{name}": module
+        for name, module in base.unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and name.endswith(endings)
+    }
+
+
+def to_safetensors(weights: AdapterWeights) -> bytes:
+    """Serialise an adapter (inverse: `from_safetensors`); equal weights and metadata give equal bytes."""
+    from safetensors.torch import save
+
+    placeholders = sorted(weights.embeddings.tokens) if weights.embeddings else []
+    header = {
+        "format": FORMAT,
+        "base_digest": weights.base_digest,
+        "digest": weights.digest,
+        "placeholders": json.dumps(placeholders),
+        "metadata": json.dumps(dict(weights.metadata), sort_keys=True),
+    }
+    return bytes(save(_tensors(weights), metadata=header))
+
+
+def from_safetensors(
+    data: bytes, base: BaseModel, *, max_bytes: int = MAX_ADAPTER_BYTES, max_rank: int | None = None
+) -> AdapterWeights:
+    """Read an adapter file that must fit this base.
+
+    Args:
+        data: the whole file.
+        base: the base it is for.
+        max_bytes: larger files are refused unread.
+        max_rank: larger ranks are refused; None for no limit.
+
+    Raises:
+        MooringError: ADAPTER_KEYS_UNMATCHED (not such a file, unknown or unpaired keys, shapes, dtypes),
+            BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_NOT_FINITE.
+    """
+    if len(data) > max_bytes:
+        raise _unmatched(f"The file has {len(data)} bytes; adapters may have {max_bytes}.")
+    entries, header = _read_header(data)
+    if header.get("format") != FORMAT:
+        raise _unmatched(f"The file's format is {header.get('format', 'not stated')}, not {FORMAT}.")
+    if header.get("base_digest") != base.digest:
+        raise MooringError(
+            Reason.BASE_DIGEST_MISMATCH,
+            f"The adapter was trained on base {header.get('base_digest')}, this server runs {base.digest}.",
+            remedy="Train it again on this base, or serve the base it belongs to.",
+            metadata={"expected": base.digest, "found": str(header.get("base_digest"))},
+        )
+    placeholders = _placeholders(header)
+    ranks = _check_entries(entries, base, placeholders)
+    rank = max(ranks.values(), default=0)
+    if max_rank is not None and rank > max_rank:
+        raise rank_too_large(rank, max_rank)
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = {key: tensor.float() for key, tensor in load(data).items()}
+    except SafetensorError as error:
+        raise _unmatched(f"The file is damaged: {error}.") from error
+    require_finite(tensors)
+    embeddings = {
+        name: tuple(tensors[f"embeddings.{index}.{encoder}"] for encoder in range(len(base.text_encoders)))
+        for index, name in enumerate(placeholders)
+    }
+    return AdapterWeights(
+        base_digest=base.digest,
+        rank=rank,
+        layers={
+            layer: LayerFactors(tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"])
+            for layer in ranks
+        },
+        embeddings=LearnedEmbeddings(embeddings) if embeddings else None,
+        metadata=_user_metadata(header),
+    )
+
+
+def export_diffusers(weights: AdapterWeights) -> dict[str, bytes]:
+    """Files that `load_lora_weights` and `load_textual_inversion` take.
+
+    The scale is folded into B, so no alpha is written: diffusers then takes alpha = rank, a scale of 1.
+
+    Args:
+        weights: the adapter.
+
+    Returns:
+        File name → content: `pytorch_lora_weights.safetensors`; per placeholder and text encoder a
+        `learned_embeds….safetensors` (the first one without suffix, as diffusers looks for it); `README.txt`
+        with the lines that load them.
+    """
+    from safetensors.torch import save
+
+    tensors = {}
+    for layer, factors in weights.layers.items():
+        tensors[f"{layer}.lora_A.weight"] = factors.A.detach().float().cpu().contiguous()
+        tensors[f"{layer}.lora_B.weight"] = factors.B.detach().float().cpu().contiguous()
+    files = {LORA_FILE: bytes(save(tensors, metadata={"format": "pt"}))}
+    lines = [f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")']
+    for index, name in enumerate(sorted(weights.embeddings.tokens) if weights.embeddings else ()):
+        assert weights.embeddings is not None
+        for encoder, vectors in enumerate(weights.embeddings.tokens[name]):
+            file = _embedding_file(name, index, encoder)
+            files[file] = bytes(save({name: vectors.detach().float().cpu().contiguous()}))
+            which = f"text_encoder{f'_{encoder + 1}' if encoder else ''}"
+            which = (
+                f", text_encoder=pipe.{which}, tokenizer=pipe.{which.replace('text_encoder', 'tokenizer')}"
+            )
+            lines.append(
+                f'pipe.load_textual_inversion(folder, weight_name="{file}"{which if encoder else ""})'
+            )
+    files["README.txt"] = _readme(weights, lines).encode()
+    return files
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors with NaN or infinity.
+
+    Raises:
+        MooringError: ADAPTER_NOT_FINITE, naming the keys.
+    """
+    bad = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise MooringError(
+            Reason.ADAPTER_NOT_FINITE,
+            f"The adapter holds NaN or infinite values in {_listed(bad)}.",
+            remedy="Train it again with a lower learning rate, or repair the file.",
+        )
+
+
+def rank_too_large(rank: int, limit: int) -> MooringError:
+    """The error for an adapter whose rank exceeds the bank's."""
+    return MooringError(
+        Reason.ADAPTER_RANK_TOO_LARGE,
+        f"The adapter has rank {rank}; this server's slots hold rank {limit}.",
+        remedy=f"Train with rank {limit} or less, or start the server with rank {rank}.",
+        metadata={"rank": str(rank), "limit": str(limit)},
+    )
+
+
+def _tensors(weights: AdapterWeights) -> dict[str, Tensor]:
+    """File keys → contiguous float32 CPU tensors."""
+    named: dict[str, Tensor] = {}
+    for layer, factors in weights.layers.items():
+        named[f"{layer}.lora_A.weight"] = factors.A
+        named[f"{layer}.lora_B.weight"] = factors.B
+    if weights.embeddings is not None:
+        for index, name in enumerate(sorted(weights.embeddings.tokens)):
+            for encoder, vectors in enumerate(weights.embeddings.tokens[name]):
+                named[f"embeddings.{index}.{encoder}"] = vectors
+    return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
+
+
+def _read_header(data: bytes) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """Key → (dtype, shape) and the metadata of a safetensors file, without touching the tensors."""
+    length = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
+    if not 0 < length <= min(len(data) - 8, _MAX_HEADER_BYTES):
+        raise _unmatched("The file is no safetensors file: its header length is impossible.")
+    try:
+        document: dict[str, Any] = json.loads(data[8 : 8 + length])
+        metadata = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
+        entries = {
+            str(key): (str(entry["dtype"]), [int(size) for size in entry["shape"]])
+            for key, entry in document.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unmatched(f"The file is no safetensors file: {error}.") from error
+    if any(size < 0 for _, shape in entries.values() for size in shape):
+        raise _unmatched("The file declares negative sizes.")
+    declared = sum(_DTYPES.get(dtype, 8) * math.prod(shape) for dtype, shape in entries.values())
+    if declared > len(data):
+        raise _unmatched(f"The file declares {declared} bytes of tensors and has {len(data)}.")
+    return entries, metadata
+
+
+def _check_entries(
+    entries: Mapping[str, tuple[str, list[int]]], base: BaseModel, placeholders: Sequence[str]
+) -> dict[str, int]:
+    """Match every key with the base; gives each layer's rank."""
+    expected = layer_shapes(base)
+    ranks: dict[str, dict[str, int]] = {}
+    unknown: list[str] = []
+    wrong: list[str] = []
+    for key, (dtype, shape) in entries.items():
+        factor, embedding = _FACTOR.fullmatch(key), _EMBEDDING.fullmatch(key)
+        if dtype not in _DTYPES or len(shape) != 2:
+            wrong.append(f"{key} ({dtype} {shape}, expected a floating-point matrix)")
+        elif factor and factor["layer"] in expected:
+            out, in_ = expected[factor["layer"]]
+            rank, width, wanted = (*shape, in_) if factor["factor"] == "A" else (*reversed(shape), out)
+            ranks.setdefault(factor["layer"], {})[factor["factor"]] = rank
+            if width != wanted or rank < 1:
+                wrong.append(f"{key} ({shape}, expected {wanted} beside the rank)")
+        elif embedding and int(embedding["index"]) < len(placeholders):
+            encoder = int(embedding["encoder"])
+            if encoder >= len(base.text_encoders):
+                unknown.append(key)
+            elif shape[1] != base.embedding_width(encoder) or shape[0] < 1:
+                wrong.append(f"{key} ({shape}, expected {base.embedding_width(encoder)} columns)")
+        else:
+            unknown.append(key)
+    if unknown:
+        raise _unmatched(f"This base has nothing that matches {_listed(unknown)}.", keys=unknown)
+    if wrong:
+        raise _unmatched(f"These tensors do not fit this base: {_listed(wrong)}.", keys=wrong)
+    unpaired = [layer for layer, found in ranks.items() if len(found) != 2 or found["A"] != found["B"]]
+    if unpaired:
+        raise _unmatched(
+            f"Factors A and B are missing or differ in rank for {_listed(unpaired)}.", keys=unpaired
+        )
+    for index, name in enumerate(placeholders):
+        keys = [f"embeddings.{index}.{encoder}" for encoder in range(len(base.text_encoders))]
+        if any(key not in entries for key in keys) or len({entries[key][1][0] for key in keys}) != 1:
+            raise _unmatched(f"The placeholder {name} lacks equal embeddings for every text encoder.")
+    return {layer: found["A"] for layer, found in ranks.items()}
+
+
+def _placeholders(header: Mapping[str, str]) -> list[str]:
+    try:
+        names = json.loads(header.get("placeholders", "[]"))
+    except ValueError as error:
+        raise _unmatched(f"The list of placeholders is damaged: {error}.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise _unmatched("The list of placeholders is damaged.")
+    if len(set(names)) != len(names):
+        raise _unmatched("A placeholder is listed twice.")
+    return names
+
+
+def _user_metadata(header: Mapping[str, str]) -> dict[str, str]:
+    try:
+        found = json.loads(header.get("metadata", "{}"))
+    except ValueError as error:
+        raise _unmatched(f"The metadata is damaged: {error}.") from error
+    if not isinstance(found, dict):
+        raise _unmatched("The metadata is damaged.")
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _unmatched(message: str, *, keys: Sequence[str] = ()) -> MooringError:
+    return MooringError(
+        Reason.ADAPTER_KEYS_UNMATCHED,
+        message,
+        remedy="Use an adapter that was made for this base by Mooring.",
+        metadata={"keys": ", ".join(keys[:_SHOWN])} if keys else None,
+    )
+
+
+def _embedding_file(name: str, index: int, encoder: int) -> str:
+    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '', name) or index}" if index else ""
+    return f"learned_embeds{f'_{encoder + 1}' if encoder else ''}{suffix}.safetensors"
+
+
+def _readme(weights: AdapterWeights, lines: list[str]) -> str:
+    tokens = ", ".join(sorted(weights.embeddings.tokens)) if weights.embeddings else "none"
+    loading = "\n".join(f"    {line}" for line in lines)
+    return (
+        "Adapter exported by Mooring\n\n"
+        f"digest      {weights.digest}\nbase        {weights.base_digest}\nrank        {weights.rank}\n"
+        f"placeholder {tokens}\n\n"
+        "With a diffusers pipeline `pipe` of the same base model and this folder's path in `folder`:\n\n"
+        f"{loading}\n"
+    )

@@ -1,0 +1,435 @@
+"""The adapter bank: many adapters resident at once, none of them in the base's weights.
+
+All factors of one adapter lie in one flat row of an arena `[slots, size]`. A forward hook on every adapted
+layer adds `scale · B(Ax)` with each batch row's own factors, gathered by slot. So a swap is one copy, one
+batch mixes
+adapters, and with only zero slots the hooks return at once: the base then computes bit for bit what it
+computes without a bank. Slot 0 is zero for ever.
+
+Layers of equal shape could share one product; they do not, as they read different activations. Left out:
+tiers behind the arena, several adapters per row, text-encoder layers (same mechanism).
+
+Shape legend: S slots, B batch rows, r rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from mooring_kernels.arena import ArenaLayout, LayerShape
+from torch import Tensor, nn
+
+from mooring_server.engine.adapters import (
+    AdapterWeights,
+    LayerFactors,
+    LearnedEmbeddings,
+    adaptable_layers,
+    rank_too_large,
+    require_finite,
+)
+from mooring_server.engine.model import BaseModel, StageHook
+from mooring_server.errors import MooringError, Reason
+
+ZERO_SLOT = 0
+"""The slot of the untouched base."""
+
+
+class _Active(Protocol):
+    """What the hooks do inside `rows` or `TrainingSlot.active`."""
+
+    def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
+        """The layer's output with the adapter's share added."""
+
+
+class AdapterBank:
+    """Slots for adapters of one base. The engine thread owns it, as it owns the base.
+
+    Args:
+        base: the base model; its layers get hooks, its weights are never written.
+        slots: rows of the arena, the zero slot included.
+        rank: largest rank a slot holds; smaller adapters are padded with zeros, which changes no result.
+        targets: "attention" or "attention+ff"; adapters may cover any subset.
+
+    Attributes:
+        layout: offsets of every factor in a row.
+        arena: `[S, size]` float32 on the base's device.
+        on_batch: called with (rows, distinct adapters) whenever a batch is set up; None for nobody.
+        on_stage: called with ("adapter_load", seconds) after a copy into a slot.
+    """
+
+    def __init__(
+        self, base: BaseModel, *, slots: int = 9, rank: int = 16, targets: str = "attention"
+    ) -> None:
+        if slots < 2:
+            raise ValueError(f"a bank needs the zero slot and at least one more, not {slots} slots")
+        self.base = base
+        self.slots = slots
+        self.rank = rank
+        self.targets = targets
+        modules = adaptable_layers(base, targets)
+        self.layout = ArenaLayout(
+            [LayerShape(name, module.out_features, module.in_features) for name, module in modules.items()],
+            rank,
+        )
+        self.arena = torch.zeros(slots, self.layout.size, device=base.device)
+        self.factors = self.layout.views(self.arena)
+        self.on_batch: Callable[[int, int], None] | None = None
+        self.on_stage: StageHook | None = None
+        self._active: _Active | None = None
+        self._resident: OrderedDict[str, int] = OrderedDict()  # digest → slot, least recently used first
+        self._pins = [0] * slots
+        for name, module in modules.items():
+            module.register_forward_hook(self._hook(name))
+
+    # ------------------------------------------------------------------ slots
+
+    def acquire(self, weights: AdapterWeights) -> int:
+        """Pin an adapter's slot, loading it into the least recently used free one when it is not resident.
+
+        Returns:
+            The slot; give it back with `release`.
+
+        Raises:
+            MooringError: QUEUE_FULL when every slot is pinned; what `load` raises.
+        """
+        slot = self.try_acquire(weights)
+        if slot is None:
+            raise self._no_slot()
+        return slot
+
+    def try_acquire(self, weights: AdapterWeights) -> int | None:
+        """As `acquire`, with None when every slot is pinned."""
+        slot = self._resident.get(weights.digest)
+        if slot is None:
+            slot = self._free_slot()
+            if slot is None:
+                return None
+            self.load(slot, weights)
+        self._resident.move_to_end(weights.digest)
+        self._pins[slot] += 1
+        return slot
+
+    def reserve(self) -> int:
+        """Pin an empty slot for training or measuring; give it back with `release`.
+
+        Raises:
+            MooringError: QUEUE_FULL when every slot is pinned.
+        """
+        slot = self._free_slot()
+        if slot is None:
+            raise self._no_slot()
+        self.unload(slot)
+        self._pins[slot] = 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Unpin a slot; its adapter stays resident until the place is needed."""
+        if slot != ZERO_SLOT:
+            assert self._pins[slot] > 0, f"slot {slot} is released more often than it was acquired"
+            self._pins[slot] -= 1
+
+    def load(self, slot: int, weights: AdapterWeights) -> None:
+        """Copy an adapter into a slot: one host-to-device copy.
+
+        Raises:
+            MooringError: BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_KEYS_UNMATCHED (a layer this
+                bank does not adapt, or a wrong shape), ADAPTER_NOT_FINITE. The slot is unchanged then.
+        """
+        self._require_writable(slot)
+        started = time.perf_counter()
+        row = self.pack(weights)
+        self._forget(slot)
+        self.arena[slot].copy_(row)
+        self._resident[weights.digest] = slot
+        if self.on_stage is not None:
+            self.on_stage("adapter_load", time.perf_counter() - started)
+
+    def unload(self, slot: int) -> None:
+        """Empty a slot."""
+        self._require_writable(slot)
+        self._forget(slot)
+        self.arena[slot].zero_()
+
+    def require_fits(self, weights: AdapterWeights) -> None:
+        """Check base, rank, layers and shapes, without computing; safe on any thread.
+
+        Raises:
+            MooringError: BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_KEYS_UNMATCHED.
+        """
+        if weights.base_digest != self.base.digest:
+            raise MooringError(
+                Reason.BASE_DIGEST_MISMATCH,
+                f"The adapter belongs to base {weights.base_digest}, this server runs {self.base.digest}.",
+                remedy="Train it again on this base, or serve the base it belongs to.",
+                metadata={"expected": self.base.digest, "found": weights.base_digest},
+            )
+        if weights.rank > self.rank:
+            raise rank_too_large(weights.rank, self.rank)
+        for name, factors in weights.layers.items():
+            if name not in self.factors:
+                raise MooringError(
+                    Reason.ADAPTER_KEYS_UNMATCHED,
+                    f"This server adapts the layers “{self.targets}” and {name} is not among them.",
+                    remedy="Start the server with targets “attention+ff”, or train on the attention layers.",
+                )
+            A, B = self.factors[name]
+            rank = factors.A.shape[0]
+            if rank > self.rank:
+                raise rank_too_large(rank, self.rank)
+            if factors.A.shape != (rank, A.shape[-1]) or factors.B.shape != (B.shape[-2], rank):
+                raise MooringError(
+                    Reason.ADAPTER_KEYS_UNMATCHED,
+                    f"{name} has factors of shapes {list(factors.A.shape)} and {list(factors.B.shape)}; "
+                    f"this base needs [{rank}, {A.shape[-1]}] and [{B.shape[-2]}, {rank}].",
+                    remedy="Use an adapter that was made for this base.",
+                )
+
+    def pack(self, weights: AdapterWeights) -> Tensor:
+        """An adapter as one flat row `[size]` on the CPU, padded to the bank's rank.
+
+        Raises:
+            MooringError: as `load`.
+        """
+        self.require_fits(weights)
+        row = torch.zeros(self.layout.size)
+        views = self.layout.views(row)
+        for name, factors in weights.layers.items():
+            rank = factors.A.shape[0]
+            A, B = views[name]
+            A[:rank].copy_(factors.A)
+            B[:, :rank].copy_(factors.B)
+        require_finite({"the factors": row})
+        return row
+
+    # ------------------------------------------------------------------ use
+
+    @contextmanager
+    def rows(self, slots: Sequence[int] | Tensor, scales: Sequence[float] | Tensor) -> Iterator[None]:
+        """Give each batch row of the enclosed `base.predict` calls its adapter.
+
+        Args:
+            slots: `[B]` slot of each row; 0 is the base.
+            scales: `[B]` factor on each row's ΔW.
+
+        A row's result does not depend on the adapters of other rows. When all slots are 0 (or all scales
+        are), the base runs untouched.
+        """
+        slot_list = [int(slot) for slot in slots]
+        scale_list = [float(scale) for scale in scales]
+        assert len(slot_list) == len(scale_list), "one scale per row"
+        used = {slot for slot, scale in zip(slot_list, scale_list, strict=True) if slot and scale}
+        if self.on_batch is not None:
+            self.on_batch(len(slot_list), len(used))
+        if not used:
+            with self._activate(None):
+                yield
+            return
+        device = self.arena.device
+        batch = _Rows(
+            self.factors,
+            torch.tensor(slot_list, device=device),
+            torch.tensor(scale_list, device=device),
+            slot_list[0] if len(set(slot_list)) == 1 else None,
+        )
+        with self._activate(batch):
+            yield
+
+    def training_slot(
+        self,
+        slot: int | None = None,
+        weights: AdapterWeights | None = None,
+        *,
+        seed: int = 0,
+        rank: int | None = None,
+    ) -> TrainingSlot:
+        """Make a slot trainable in place.
+
+        Args:
+            slot: a slot of `reserve`; None reserves one (then `TrainingSlot.close` releases it).
+            weights: where to start; None starts a fresh adapter: A ~ N(0, 1/r²), B = 0 (so ΔW = 0).
+            seed: of the fresh A; the same seed gives the same factors.
+            rank: of the fresh adapter, at most the bank's; None takes the bank's.
+
+        Raises:
+            MooringError: QUEUE_FULL, ADAPTER_RANK_TOO_LARGE, or what `load` raises.
+        """
+        chosen = rank or (weights.rank if weights else self.rank)
+        if chosen > self.rank:
+            raise rank_too_large(chosen, self.rank)
+        place = self.reserve() if slot is None else slot
+        try:
+            if weights is not None:
+                self.load(place, weights)
+                self._resident.pop(weights.digest, None)  # what is trained is no longer that adapter
+            else:
+                self.unload(place)
+            return TrainingSlot(self, place, chosen, seed=None if weights else seed, owned=slot is None)
+        except BaseException:
+            if slot is None:
+                self.release(place)
+            raise
+
+    # ------------------------------------------------------------------ inside
+
+    @contextmanager
+    def _activate(self, active: _Active | None) -> Iterator[None]:
+        before, self._active = self._active, active
+        try:
+            yield
+        finally:
+            self._active = before
+
+    def _hook(self, layer: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return None if self._active is None else self._active.add(layer, args[0], output)
+
+        return add
+
+    def _free_slot(self) -> int | None:
+        """An unpinned slot: an empty one, else the least recently used."""
+        taken = set(self._resident.values())
+        for slot in range(1, self.slots):
+            if not self._pins[slot] and slot not in taken:
+                return slot
+        return next((slot for slot in self._resident.values() if not self._pins[slot]), None)
+
+    def _forget(self, slot: int) -> None:
+        for digest in [digest for digest, place in self._resident.items() if place == slot]:
+            del self._resident[digest]
+
+    def _require_writable(self, slot: int) -> None:
+        if not ZERO_SLOT < slot < self.slots:
+            raise ValueError(f"slot {slot} cannot be written; slots 1 to {self.slots - 1} can")
+
+    def _no_slot(self) -> MooringError:
+        return MooringError(
+            Reason.QUEUE_FULL,
+            f"All {self.slots - 1} adapter slots are in use.",
+            remedy="Try again in a moment, or start the server with more slots.",
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Each row with its own factors: two batched products per layer.
+
+    Args:
+        factors: layer → views (A `[S, r, in]`, B `[S, out, r]`) of the arena.
+        slots: `[B]`.
+        scales: `[B]`.
+        uniform: the slot of all rows when they share one: its factors are broadcast, not gathered.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    slots: Tensor
+    scales: Tensor
+    uniform: int | None
+
+    def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
+        """Output `[B, T, out]` plus scale · B(Ax), x `[B, T, in]`."""
+        batch = self.slots.shape[0]
+        assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
+        A, B = self.factors[layer]
+        if self.uniform is None:
+            A, B = A.index_select(0, self.slots), B.index_select(0, self.slots)
+        else:
+            A, B = A[self.uniform].expand(batch, -1, -1), B[self.uniform].expand(batch, -1, -1)
+        low = torch.bmm(x, A.to(x.dtype).mT) * self.scales.to(x.dtype)[:, None, None]
+        return torch.baddbmm(output, low.to(output.dtype), B.to(output.dtype).mT)
+
+
+class TrainingSlot:
+    """One slot as trainable parameters that live in the arena's own memory.
+
+    `params[layer]` are leaf parameters and *views* of `flat`; their `.grad` are views of `flat_grad`. So a
+    penalty, clipping and an optimiser step are single passes over the two flat buffers, and a preview through
+    `bank.rows([slot], …)` sees the current values. Clear gradients with `flat_grad.zero_()`, never with
+    `zero_grad(set_to_none=True)`. With a rank below the bank's, the padding starts at zero in both factors
+    and
+    stays there: its gradients are products of zeros.
+
+    Attributes:
+        slot: place in the bank.
+        layout: the bank's layout.
+        rank: of the adapter that `weights` gives.
+        flat: `[size]` view of the arena row.
+        flat_grad: `[size]`.
+        params: layer → (A `[bank rank, in]`, B `[out, bank rank]`).
+    """
+
+    def __init__(self, bank: AdapterBank, slot: int, rank: int, *, seed: int | None, owned: bool) -> None:
+        self.bank = bank
+        self.slot = slot
+        self.layout = bank.layout
+        self.rank = rank
+        self.flat = bank.arena[slot]
+        self.flat_grad = torch.zeros_like(self.flat)
+        self._owned = owned
+        views = self.layout.views(self.flat)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for A, _ in views.values():
+                A[:rank].copy_(torch.randn(rank, A.shape[1], generator=generator) / rank)
+        gradients = self.layout.views(self.flat_grad)
+        self.params: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for name, (A, B) in views.items():
+            pair = nn.Parameter(A), nn.Parameter(B)
+            for parameter, gradient in zip(pair, gradients[name], strict=True):
+                parameter.grad = gradient
+            self.params[name] = pair
+
+    @contextmanager
+    def active(self, scale: float = 1.0) -> Iterator[None]:
+        """All rows of the enclosed `base.predict` calls use these parameters, differentiably."""
+        with self.bank._activate(_Trained(self.params, scale)):  # noqa: SLF001 - one class in two parts
+            yield
+
+    def weights(
+        self, metadata: Mapping[str, str] | None = None, embeddings: LearnedEmbeddings | None = None
+    ) -> AdapterWeights:
+        """The current factors as an immutable adapter (copies, cut to the adapter's rank).
+
+        Raises:
+            MooringError: ADAPTER_NOT_FINITE.
+        """
+        require_finite({"the factors": self.flat})
+        return AdapterWeights(
+            base_digest=self.bank.base.digest,
+            rank=self.rank,
+            layers={
+                name: LayerFactors(
+                    A.detach()[: self.rank].cpu().clone(), B.detach()[:, : self.rank].cpu().clone()
+                )
+                for name, (A, B) in self.params.items()
+            },
+            embeddings=embeddings,
+            metadata=dict(metadata or {}),
+        )
+
+    def close(self) -> None:
+        """Empty the slot and give it back if `training_slot` reserved it."""
+        self.bank.unload(self.slot)
+        if self._owned:
+            self._owned = False
+            self.bank.release(self.slot)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """All rows with the same trainable factors."""
+
+    params: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+    scale: float
+
+    def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
+        """Output `[B, T, out]` plus scale · B(Ax), x `[B, T, in]`."""
+        A, B = self.params[layer]
+        delta = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+        return output + (delta * self.scale if self.scale != 1.0 else delta).to(output.dtype)

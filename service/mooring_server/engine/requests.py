@@ -1,0 +1,166 @@
+"""A generation request, its checks, and the events that answer it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mooring_server.engine.adapters import AdapterWeights
+from mooring_server.engine.model import SAMPLERS, BaseModel
+from mooring_server.errors import FieldViolation, MooringError, Reason
+
+MAX_COUNT = 16
+MAX_STEPS = 150
+MAX_GUIDANCE = 30.0
+MAX_ADAPTER_SCALE = 2.0
+MAX_SIZE_FACTOR = 2
+"""Largest side, as a multiple of the base's native size."""
+
+_PLACEHOLDER_LIKE = re.compile(r"<[\w-]+>")
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationRequest:
+    """Images of one prompt. The same request gives the same images.
+
+    Args:
+        prompt: what to show; at most the base's token limit.
+        adapter: the adapter, or None for the base.
+        negative_prompt: what to steer away from.
+        adapter_scale: factor on the adapter, 0 to 2.
+        steps: denoising steps, 1 to 150.
+        guidance_scale: classifier-free guidance, 0 to 30; 1 and below means none.
+        height: pixels; None is the base's native size.
+        width: pixels; None is the base's native size.
+        seed: of the first image; image i has seed + i.
+        count: images, 1 to 16.
+        sampler: one of `model.SAMPLERS`.
+        preview_interval: steps between previews; 0 for none.
+    """
+
+    prompt: str
+    adapter: AdapterWeights | None = None
+    negative_prompt: str = ""
+    adapter_scale: float = 1.0
+    steps: int = 25
+    guidance_scale: float = 4.0
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    count: int = 1
+    sampler: str = "ddim"
+    preview_interval: int = 0
+
+    def validate(self, base: BaseModel) -> None:
+        """Check the request against a base, before it is queued.
+
+        Raises:
+            MooringError: EMPTY_PROMPT, PROMPT_TOO_LONG, UNKNOWN_PLACEHOLDER, STEPS_OUT_OF_RANGE,
+                SIZE_NOT_SUPPORTED, BASE_DIGEST_MISMATCH or INVALID_FIELD, with the field's name.
+        """
+        self._validate_prompts(base)
+        limit = min(MAX_STEPS, base.num_train_timesteps)
+        if not 1 <= self.steps <= limit:
+            raise _refused(
+                Reason.STEPS_OUT_OF_RANGE, "steps", f"steps must lie in 1 to {limit}, not {self.steps}."
+            )
+        for name, value, largest in (
+            ("guidance_scale", self.guidance_scale, MAX_GUIDANCE),
+            ("adapter_scale", self.adapter_scale, MAX_ADAPTER_SCALE),
+        ):
+            if not math.isfinite(value) or not 0 <= value <= largest:
+                raise _refused(
+                    Reason.INVALID_FIELD, name, f"{name} must lie in 0 to {largest:g}, not {value:g}."
+                )
+        if not 1 <= self.count <= MAX_COUNT:
+            raise _refused(
+                Reason.INVALID_FIELD, "count", f"count must lie in 1 to {MAX_COUNT}, not {self.count}."
+            )
+        if not 0 <= self.seed < 2**63 - MAX_COUNT:
+            raise _refused(Reason.INVALID_FIELD, "seed", f"seed must lie in 0 to 2^63 - 17, not {self.seed}.")
+        if self.preview_interval < 0:
+            message = f"preview_interval must be 0 or more, not {self.preview_interval}."
+            raise _refused(Reason.INVALID_FIELD, "preview_interval", message)
+        if self.sampler not in SAMPLERS:
+            message = f"There is no sampler “{self.sampler}”; choose one of {', '.join(SAMPLERS)}."
+            raise _refused(Reason.INVALID_FIELD, "sampler", message)
+        self._validate_size(base)
+
+    def _validate_prompts(self, base: BaseModel) -> None:
+        if not self.prompt.strip():
+            raise _refused(
+                Reason.EMPTY_PROMPT, "prompt", "The prompt is empty; say what the picture shall show."
+            )
+        embeddings = None if self.adapter is None else self.adapter.embeddings
+        known = {name.lower() for name in embeddings.tokens} if embeddings else set()
+        for field, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            base.require_prompt_fits(text, embeddings, field=field)
+            strangers = [word for word in _PLACEHOLDER_LIKE.findall(text) if word.lower() not in known]
+            if strangers:
+                offered = f"it knows {', '.join(sorted(known))}" if known else "it knows none"
+                whose = "the base model" if self.adapter is None else "this adapter"
+                message = f"{strangers[0]} is no placeholder of {whose}; {offered}."
+                raise _refused(Reason.UNKNOWN_PLACEHOLDER, field, message)
+        if self.adapter is not None and self.adapter.base_digest != base.digest:
+            message = (
+                f"The adapter belongs to base {self.adapter.base_digest}, this server runs {base.digest}."
+            )
+            raise _refused(Reason.BASE_DIGEST_MISMATCH, "adapter", message)
+
+    def _validate_size(self, base: BaseModel) -> None:
+        largest, step = base.native_size * MAX_SIZE_FACTOR, base.vae_scale_factor
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value is not None and (value < step or value > largest or value % step):
+                message = (
+                    f"{name} must be a multiple of {step} up to {largest} pixels, not {value}; "
+                    f"this base was trained at {base.native_size}."
+                )
+                raise _refused(Reason.SIZE_NOT_SUPPORTED, name, message)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request waits; `position` others of its class start before it."""
+
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """A denoising step is done.
+
+    Args:
+        step: steps done, over all images of the request.
+        steps: steps in all.
+        preview: uint8 `[h, w, 3]` of the first image being made, when one was asked for at this step.
+    """
+
+    step: int
+    steps: int
+    preview: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageReady:
+    """An image is finished.
+
+    Args:
+        index: from 0.
+        seed: its seed; a request with this seed and count 1 gives it again.
+        image: uint8 `[h, w, 3]`.
+    """
+
+    index: int
+    seed: int
+    image: NDArray[np.uint8]
+
+
+GenerationEvent = Queued | Progress | ImageReady
+
+
+def _refused(reason: Reason, field: str, message: str) -> MooringError:
+    return MooringError(reason, message, fields=[FieldViolation(field, message)])
