@@ -7,6 +7,7 @@ in between leaves an object that nobody refers to, never a row that refers to no
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 
 from PIL import Image
 
@@ -116,13 +117,27 @@ class PhotoUpload:
         )
 
 
-def load_photos(store: Store, objects: ObjectStore, tenant: str, subject_id: str) -> list[Image.Image]:
+def load_photos(
+    store: Store,
+    objects: ObjectStore,
+    tenant: str,
+    subject_id: str,
+    *,
+    only: Collection[str] | None = None,
+) -> list[Image.Image]:
     """The subject's pictures, RGB, in upload order.
+
+    Args:
+        store: where the rows are.
+        objects: where the pictures are.
+        tenant: whose subject it is.
+        subject_id: which subject.
+        only: just the photos with these SHA-256; None for all.
 
     Raises:
         MooringError: SUBJECT_NOT_FOUND or SUBJECT_HAS_NO_PHOTOS.
     """
-    rows = store.photos(tenant, subject_id)
+    rows = [row for row in store.photos(tenant, subject_id) if only is None or row.sha256 in only]
     if not rows:
         raise MooringError(
             Reason.SUBJECT_HAS_NO_PHOTOS,

@@ -1,0 +1,251 @@
+"""The job runner: claims jobs, runs them to their end, and hands them back when the server stops.
+
+One thread per kind of job, so that an evaluation never waits behind a long training. What happens on each
+way out: done → SUCCEEDED; a typed error, out of memory or a fault → FAILED with reason, message and remedy;
+cancelled → CANCELLED; the server stops → back to PENDING, to be resumed from the checkpoint; the process
+dies → the lease expires, and the next claim, here or on another replica, resumes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from sqlalchemy.exc import OperationalError
+
+from mooring_server.engine.bank import AdapterBank
+from mooring_server.engine.model import BaseModel
+from mooring_server.errors import MooringError, Reason
+from mooring_server.evaluation.config import NEW_SCENES
+from mooring_server.evaluation.judges import Judges
+from mooring_server.jobs.evaluate_job import EvaluateJob
+from mooring_server.jobs.session import JobSession, Stop, StoppedError, Submitter, Timing
+from mooring_server.jobs.train_job import TrainJob
+from mooring_server.storage.jobs import LeaseLostError
+from mooring_server.storage.models import Document, Job, JobState
+from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+GENERIC_PROMPTS = (
+    "a photo of a house",
+    "a photo of a tree in a field",
+    "a photo of a cup on a table",
+    "a photo of a car on a road",
+    "a photo of a boat on the sea",
+    "a photo of a bird in the sky",
+    "a photo of a flower in a garden",
+    "a photo of a chair in a room",
+)
+"""For bases that come without a list of prompts they are known to draw well."""
+_BUSY = {Reason.QUEUE_FULL, Reason.DRAINING}
+
+
+class JobWork(Protocol):
+    """How one kind of job is done."""
+
+    def run(self, session: JobSession) -> None:
+        """Do the whole job, including its end; see `TrainJob.run`."""
+
+
+class RunnerObserver(Protocol):
+    """Receives the runner's numbers, on its threads. Telemetry implements it."""
+
+    def job_claimed(self, kind: str, *, resumed: bool) -> None:
+        """A job was claimed, for the first time or again."""
+
+    def job_ended(self, kind: str, outcome: str, seconds: float) -> None:
+        """This runner is done with a job: a final state's name, "DRAINING" or "LEASE_LOST"."""
+
+
+@dataclass(frozen=True)
+class RunnerSettings:
+    """What a runner is told.
+
+    Attributes:
+        worker: shown as the runner of a job.
+        lease_seconds: a dead runner's job is taken over after at most this long.
+        poll_seconds: how often other processes' changes are looked for.
+        progress_seconds: least time between two progress events of a job.
+        drain_seconds: how long a training may take to its next checkpoint when the server stops.
+        generic_prompts: prompts that have nothing to do with any subject.
+        scene_prompts: subject prompts (with `{}`) of an evaluation that names none.
+    """
+
+    worker: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    lease_seconds: float = 30.0
+    poll_seconds: float = 0.5
+    progress_seconds: float = 0.5
+    drain_seconds: float = 10.0
+    generic_prompts: tuple[str, ...] = GENERIC_PROMPTS
+    scene_prompts: tuple[str, ...] = NEW_SCENES
+
+
+class JobRunner:
+    """Runs this process's share of the jobs.
+
+    Args:
+        store: the queue.
+        objects: photos, checkpoints, adapters.
+        engine: runs the device work.
+        base: the resident base.
+        bank: its bank.
+        judges: None where none are configured: evaluations then fail with JUDGES_NOT_AVAILABLE.
+        settings: paces and prompts.
+        observer: receives numbers.
+    """
+
+    def __init__(  # noqa: PLR0917 - what it works with, in the order of the layers
+        self,
+        store: Store,
+        objects: ObjectStore,
+        engine: Submitter,
+        base: BaseModel,
+        bank: AdapterBank,
+        judges: Judges | None,
+        settings: RunnerSettings | None = None,
+        *,
+        observer: RunnerObserver | None = None,
+    ) -> None:
+        self._store, self._objects, self._engine = store, objects, engine
+        self._settings = settings = settings or RunnerSettings()
+        self._observer = observer
+        self._timing = Timing(settings.lease_seconds, settings.poll_seconds, settings.progress_seconds)
+        self._works: Mapping[str, JobWork] = {
+            "train": TrainJob(base, bank, settings.generic_prompts),
+            "evaluate": EvaluateJob(
+                base,
+                bank,
+                judges,
+                generic_prompts=settings.generic_prompts,
+                scene_prompts=settings.scene_prompts,
+            ),
+        }
+        self._wakes = {kind: threading.Event() for kind in self._works}
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._sessions: set[JobSession] = set()
+        self._threads: list[threading.Thread] = []
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        """Begin to claim jobs, also those whose runners died."""
+        self._unsubscribe = self._store.subscribe(lambda _tenant, _job_id: self._wake())
+        self._threads = [
+            threading.Thread(target=self._claim, args=[kind], name=f"jobs-{kind}", daemon=True)
+            for kind in self._works
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Claim nothing more, save the running jobs' states and hand them back. Call before `Engine.close`.
+
+        Args:
+            timeout: how long to wait, in seconds; a job that takes longer is resumed when its lease ends.
+        """
+        with self._lock:
+            self._stopping.set()
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.drain(self._settings.drain_seconds)
+        self._wake()
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._unsubscribe()
+
+    def _wake(self) -> None:
+        for wake in self._wakes.values():
+            wake.set()
+
+    def _claim(self, kind: str) -> None:
+        while not self._stopping.is_set():
+            job = None
+            try:
+                job = self._store.claim_job(self._settings.worker, self._settings.lease_seconds, kinds=[kind])
+            except OperationalError:
+                log.warning("the database is away; looking for jobs again soon", exc_info=True)
+            if job is None or not self._run(job):
+                self._wakes[kind].wait(self._settings.poll_seconds)
+                self._wakes[kind].clear()
+
+    def _run(self, job: Job) -> bool:
+        """Run a claimed job; False when the engine is too busy for it and it was handed back."""
+        started, observer = time.monotonic(), self._observer
+        if observer is not None:
+            observer.job_claimed(job.kind, resumed=job.attempts > 1)
+        log.info("job %s (%s) claimed, attempt %d", job.job_id, job.kind, job.attempts)
+        with JobSession(self._store, self._objects, self._engine, job, self._timing) as session:
+            with self._lock:
+                self._sessions.add(session)
+                draining = self._stopping.is_set()
+            if draining:
+                session.drain(0.0)
+            try:
+                outcome = self._outcome(session)
+            finally:
+                with self._lock:
+                    self._sessions.discard(session)
+        log.info("job %s: %s after %.1f s", job.job_id, outcome, time.monotonic() - started)
+        if observer is not None:
+            observer.job_ended(job.kind, outcome, time.monotonic() - started)
+        return outcome != Reason.QUEUE_FULL
+
+    def _outcome(self, session: JobSession) -> str:
+        job = session.job
+        try:
+            ending, error = self._attempt(session)
+            if ending is JobState.PENDING:
+                session.persist(lambda: self._store.release_job(job.tenant, job.job_id, job.lease))
+                return "DRAINING" if error is None else str(error["reason"])
+            if ending is not JobState.SUCCEEDED:
+                session.persist(
+                    lambda: self._store.finish_job(job.tenant, job.job_id, job.lease, ending, error=error)
+                )
+            session.forget_checkpoint()
+        except (LeaseLostError, StoppedError):
+            return "LEASE_LOST"
+        except Exception:
+            # Nothing could be written down: the lease runs out and the job is taken up again.
+            log.exception("job %s: its end could not be recorded", job.job_id)
+            return "LEASE_LOST"
+        return str(ending)
+
+    def _attempt(self, session: JobSession) -> tuple[JobState, Document | None]:
+        """Do the work; returns how the job is to be ended (PENDING: handed back) and why."""
+        job = session.job
+        try:
+            self._works[job.kind].run(session)
+        except StoppedError as stopped:
+            if stopped.reason is Stop.LEASE_LOST:
+                raise
+            return (JobState.CANCELLED if stopped.reason is Stop.CANCELLED else JobState.PENDING), None
+        except LeaseLostError:
+            raise
+        except MooringError as error:
+            document = {"reason": str(error.reason), "message": error.message, "remedy": error.remedy}
+            return (JobState.PENDING if error.reason in _BUSY else JobState.FAILED), document
+        except (MemoryError, torch.OutOfMemoryError):
+            log.exception("job %s: out of memory", job.job_id)
+            return JobState.FAILED, {
+                "reason": str(Reason.OUT_OF_MEMORY),
+                "message": "The device ran out of memory.",
+                "remedy": "Lower batch_size or rank, or use a server with more memory.",
+            }
+        except Exception as error:
+            log.exception("job %s failed", job.job_id)
+            return JobState.FAILED, {
+                "reason": str(Reason.INTERNAL),
+                "message": f"The job met a fault of the server: {type(error).__name__}.",
+                "remedy": f"Look for {job.job_id} in the server's log.",
+            }
+        return JobState.SUCCEEDED, None

@@ -1,0 +1,367 @@
+"""One claimed job while this process works on it.
+
+Threads: the *engine* thread advances the job's generator and calls `report` and the checkpoint store's
+`save`; both only leave a note and return, so that a slow disk or database never stalls a tick. The *job*
+thread (`drive`) writes the notes down. A third one renews the lease, so that it holds through long pieces of
+host work, and notices cancellation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sqlalchemy.exc import OperationalError
+
+from mooring_server.engine.policy import TaskClass
+from mooring_server.jobs.photos import encode_png
+from mooring_server.storage.jobs import LeaseLostError
+from mooring_server.storage.models import Document, Job, Lease
+from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.store import Store
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+MAX_PREVIEW_SIDE = 256
+CHECKPOINTED_PHASE = "training"
+_RETRY_SECONDS = 1.0
+
+
+class Handle(Protocol[T_co]):
+    """What the engine gives for a submitted generator."""
+
+    def cancel(self) -> None:
+        """Close the generator at the next tick."""
+
+    def result(self, timeout: float | None = None) -> T_co:
+        """Wait for the return value; raises what the generator raised."""
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Call back when the generator has ended."""
+
+    def done(self) -> bool:
+        """Whether the generator has ended."""
+
+
+class Submitter(Protocol):
+    """The part of the engine that jobs use."""
+
+    def submit(self, steps: Generator[None, None, T], klass: TaskClass, name: str) -> Handle[T]:
+        """Run a generator, one `next` per tick."""
+
+
+class Stop(StrEnum):
+    """Why a job must stop before its end."""
+
+    CANCELLED = "cancelled"
+    DRAINING = "draining"
+    LEASE_LOST = "lease lost"
+
+
+class StoppedError(Exception):
+    """The job was stopped; `reason` says why."""
+
+    def __init__(self, reason: Stop) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Paces of a runner, in seconds.
+
+    Attributes:
+        lease: how long a claim holds without a heartbeat; a dead runner's job waits at most this long.
+        poll: how often other processes' changes (new jobs, cancellation) are looked for.
+        progress: least time between two progress events of a job.
+    """
+
+    lease: float = 30.0
+    poll: float = 0.5
+    progress: float = 0.5
+
+
+class JobSession:
+    """A claimed job, its lease and its notes.
+
+    Use as a context manager: the lease is renewed inside the block.
+
+    Args:
+        store: where the job is.
+        objects: where its checkpoint, previews and artifacts go, below `jobs/<job id>/`.
+        engine: runs the generators.
+        job: as claimed.
+        timing: paces.
+    """
+
+    def __init__(
+        self, store: Store, objects: ObjectStore, engine: Submitter, job: Job, timing: Timing
+    ) -> None:
+        self.store, self.objects, self.job = store, objects, job
+        self._engine, self._timing = engine, timing
+        self._folder = f"jobs/{job.job_id}"
+        self._news = threading.Event()
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._stop: Stop | None = None
+        self._handle: Handle[Any] | None = None
+        self._progress: Document | None = None
+        self._previews: list[tuple[int, int, Pixels]] = []
+        self._checkpoint: bytes | None = None
+        self._phase = ""
+        self._drain_by: float | None = None
+        self._drained = False
+        self._phase_written = ""
+        self._written = -math.inf
+        self._heart = threading.Thread(target=self._beat, name=f"lease-{job.job_id[:8]}", daemon=True)
+        self._unsubscribe: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> Self:
+        self._wake = threading.Event()
+        self._unsubscribe = self.store.subscribe(self._changed)
+        self._heart.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unsubscribe()
+        self._ended.set()
+        self._wake.set()
+        self._heart.join()
+
+    @property
+    def stop_reason(self) -> Stop | None:
+        """Why the job was told to stop, if it was."""
+        return self._stop
+
+    def stop(self, reason: Stop) -> None:
+        """Tell the job to stop at its next step; the first reason counts."""
+        with self._lock:
+            self._stop = self._stop or reason
+            handle = self._handle
+        if handle is not None:
+            handle.cancel()
+
+    def drain(self, grace_seconds: float) -> None:
+        """Tell the job to stop, but in a phase that can be resumed only after it saved its state.
+
+        Args:
+            grace_seconds: how long it may take to the next state worth saving.
+        """
+        with self._lock:
+            grace = grace_seconds if self._phase == CHECKPOINTED_PHASE else 0.0
+            self._drain_by = time.monotonic() + grace
+        self._news.set()
+
+    # -- called on the job's thread ------------------------------------------------------------------------
+
+    def drive(self, steps: Generator[None, None, T], klass: TaskClass) -> T:
+        """Run a generator on the engine to its end, writing down what it reports.
+
+        Returns:
+            Its return value.
+
+        Raises:
+            StoppedError: the job was stopped before the generator ended.
+            Exception: whatever the generator raised.
+        """
+        handle = self._engine.submit(steps, klass, self.job.job_id)
+        handle.add_done_callback(lambda _handle: self._news.set())
+        with self._lock:
+            self._handle = handle
+        if self._stop is not None:
+            handle.cancel()
+        try:
+            while not handle.done():
+                self._news.wait(self._timing.poll)
+                self._news.clear()
+                self._write_notes()
+                if self._drain_by is not None and (self._drained or time.monotonic() >= self._drain_by):
+                    self.stop(Stop.DRAINING)
+            self._write_notes(final=True)
+            return self._result_of(handle)
+        finally:
+            with self._lock:
+                self._handle = None
+
+    def put_artifact(self, filename: str, media_type: str, data: bytes) -> Document:
+        """Store a file of the job; returns its description for the job's result."""
+        key = f"{self._folder}/artifacts/{filename}"
+        self.objects.put(key, data)
+        return {
+            "filename": filename,
+            "media_type": media_type,
+            "size_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "object_key": key,
+        }
+
+    def persist(self, write: Callable[[], T]) -> T:
+        """Do a write that must not be lost: while the database is away, try again until the job is stopped.
+
+        Raises:
+            LeaseLostError: the job is no longer this runner's.
+            StoppedError: it was stopped while the database was away.
+        """
+        while True:
+            try:
+                return write()
+            except OperationalError:
+                log.warning("job %s: the database is away, trying again", self.job.job_id, exc_info=True)
+            time.sleep(_RETRY_SECONDS)
+            if self._stop is not None:
+                raise StoppedError(self._stop)
+
+    # -- called on the engine's thread ---------------------------------------------------------------------
+
+    def report(self, progress: Document, previews: Sequence[Pixels] = ()) -> None:
+        """Note the newest progress; previews are kept until they are written, progress only if newest."""
+        step = int(progress.get("step", 0))
+        with self._lock:
+            self._progress, self._phase = progress, str(progress.get("phase"))
+            self._previews += [(step, index, pixels) for index, pixels in enumerate(previews)]
+        if previews or progress.get("phase") != self._phase_written:
+            self._news.set()
+
+    def load(self) -> bytes | None:
+        """The job's last checkpoint (training's CheckpointStore)."""
+        try:
+            return self.objects.get(self._checkpoint_key)
+        except KeyError:
+            return None
+
+    def save(self, data: bytes) -> None:
+        """Note a checkpoint (training's CheckpointStore); the newest one is written soon after."""
+        with self._lock:
+            self._checkpoint = data
+            self._drained = self._drain_by is not None
+        self._news.set()
+
+    def wanted(self) -> bool:
+        """Whether a checkpoint should be saved at the next chance: the server is about to stop."""
+        return self._drain_by is not None and not self._drained
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def forget_checkpoint(self) -> None:
+        """Remove the checkpoint of a job that has ended."""
+        self.objects.delete(self._checkpoint_key)
+
+    @property
+    def _checkpoint_key(self) -> str:
+        return f"{self._folder}/checkpoint.safetensors"
+
+    def _result_of(self, handle: Handle[T]) -> T:
+        try:
+            result = handle.result(0)
+        except Exception:
+            # A generator that was closed ends in the engine's own way of saying "cancelled".
+            if self._stop is not None:
+                raise StoppedError(self._stop) from None
+            raise
+        if self._stop in {Stop.CANCELLED, Stop.LEASE_LOST}:
+            raise StoppedError(self._stop)
+        return result
+
+    def _write_notes(self, *, final: bool = False) -> None:
+        with self._lock:
+            checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None and self._stop not in {Stop.CANCELLED, Stop.LEASE_LOST}:
+            self._write_checkpoint(checkpoint)
+        with self._lock:
+            progress, previews = self._progress, self._previews
+            due = time.monotonic() - self._written >= self._timing.progress
+            new_phase = progress is not None and progress.get("phase") != self._phase_written
+            if progress is None or not (final or due or previews or new_phase):
+                return
+            self._progress, self._previews = None, []
+        self._written, self._phase_written = time.monotonic(), str(progress.get("phase"))
+        pictures = [self._put_preview(step, index, pixels) for step, index, pixels in previews]
+        payload = finite(progress) | {"previews": pictures}
+        self._while_leased(
+            lambda: self.store.append_event(*self._claim, kind="progress", payload=payload), "progress"
+        )
+
+    def _write_checkpoint(self, data: bytes) -> None:
+        # First the lease: a runner that lost it must not write over its successor's checkpoint.
+        def write() -> None:
+            self.store.note_checkpoint(*self._claim)
+            self.objects.put(self._checkpoint_key, data)
+
+        self._while_leased(write, "checkpoint")
+
+    def _while_leased(self, write: Callable[[], object], what: str) -> None:
+        """Do a write that the job can do without, such as progress."""
+        try:
+            write()
+        except LeaseLostError:
+            self.stop(Stop.LEASE_LOST)
+        except (OperationalError, OSError):
+            log.warning("job %s: could not write its %s", self.job.job_id, what, exc_info=True)
+
+    def _put_preview(self, step: int, index: int, pixels: Pixels) -> Document:
+        image = Image.fromarray(np.asarray(pixels))
+        image.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
+        key = f"{self._folder}/previews/{step:06d}-{index}.png"
+        self.objects.put(key, encode_png(image))
+        return {"index": index, "object_key": key, "width": image.width, "height": image.height}
+
+    @property
+    def _claim(self) -> tuple[str, str, str]:
+        return self.job.tenant, self.job.job_id, self.job.lease
+
+    def _changed(self, tenant: str, job_id: str) -> None:
+        if (tenant, job_id) == (self.job.tenant, self.job.job_id):
+            self._wake.set()
+
+    def _beat(self) -> None:
+        """Look at the job at every change and every `poll` seconds; renew its lease in good time."""
+        renewed = time.monotonic()
+        while not self._ended.is_set():
+            with contextlib.suppress(OperationalError):  # the database is away: the lease may outlive that
+                if time.monotonic() - renewed >= self._timing.lease / 3:
+                    lease = self.store.heartbeat(*self._claim, self._timing.lease)
+                    renewed = time.monotonic()
+                else:
+                    lease = self._look()
+                if lease is Lease.LOST and not self._ended.is_set():
+                    self.stop(Stop.LEASE_LOST)
+                elif lease is Lease.CANCEL_REQUESTED:
+                    self.stop(Stop.CANCELLED)
+            self._wake.wait(min(self._timing.poll, self._timing.lease / 3))
+            self._wake.clear()
+
+    def _look(self) -> Lease:
+        job = self.store.get_job(self.job.tenant, self.job.job_id)
+        if job.lease != self.job.lease:
+            return Lease.LOST
+        return Lease.CANCEL_REQUESTED if job.cancel_requested else Lease.HELD
+
+
+def finite(document: Document) -> Document:
+    """The document with None in place of NaN and infinities, which JSON cannot say."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(item) for item in value]
+        return value
+
+    cleaned: Document = clean(document)
+    return cleaned
