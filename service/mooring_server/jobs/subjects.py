@@ -66,6 +66,11 @@ class PhotoUpload:
         self._checked.setdefault(photo.sha256, (row, encode_png(photo.image)))
         self._order.append(photo.sha256)
 
+    def reject(self, error: MooringError) -> None:
+        """Count the next file as one that did not arrive as announced; `commit` raises what is wrong."""
+        self._errors[self._files] = error
+        self._files += 1
+
     def commit(self) -> tuple[list[Photo], int]:
         """Store all photos, or none.
 

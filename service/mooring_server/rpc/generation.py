@@ -1,0 +1,197 @@
+"""From a GenerateRequest to the engine and back: checks, and the engine thread's events on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from mooring.v1 import personalization_pb2 as pb
+
+from mooring_server.engine.engine import TaskHandle
+from mooring_server.engine.model import SAMPLERS
+from mooring_server.engine.policy import TaskClass
+from mooring_server.engine.requests import GenerationEvent, GenerationRequest, Progress
+from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.rpc import names
+from mooring_server.rpc.runtime import Runtime
+
+MAX_PROMPT_CHARACTERS = 8192
+"""Longer prompts are refused before they are tokenized: no text encoder takes a fraction of it."""
+
+DEFAULTS = GenerationRequest(prompt="")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request, ready for the engine.
+
+    Attributes:
+        adapter: name of the adapter version, empty for the base alone.
+    """
+
+    request: GenerationRequest
+    adapter: str = ""
+
+    @property
+    def adapter_digest(self) -> str:
+        """Digest of the adapter, empty for the base alone."""
+        return "" if self.request.adapter is None else self.request.adapter.digest
+
+
+def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepared:
+    """Check a request and load its adapter. Blocking: call it off the event loop.
+
+    Raises:
+        MooringError: whatever is wrong with the request or its adapter.
+    """
+    for field, text in (("prompt", message.prompt), ("negative_prompt", message.negative_prompt)):
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            problem = f"has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read"
+            raise MooringError(
+                Reason.PROMPT_TOO_LONG,
+                f"{field} {problem}.",
+                remedy="Say it in fewer words.",
+                metadata={"cut": text[MAX_PROMPT_CHARACTERS:]},
+                fields=[FieldViolation(field, problem)],
+            )
+    weights, adapter_name = None, ""
+    if message.adapter:
+        where = names.resolve_adapter(tenant, message.adapter, "adapter")
+        adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
+        weights = runtime.adapters.get(adapter)
+        adapter_name = names.adapter(tenant, adapter.name)
+    request = GenerationRequest(
+        prompt=message.prompt,
+        negative_prompt=message.negative_prompt,
+        adapter=weights,
+        adapter_scale=message.adapter_scale if message.HasField("adapter_scale") else DEFAULTS.adapter_scale,
+        steps=message.steps if message.HasField("steps") else DEFAULTS.steps,
+        guidance_scale=(
+            message.guidance_scale if message.HasField("guidance_scale") else DEFAULTS.guidance_scale
+        ),
+        height=message.height or None,
+        width=message.width or None,
+        seed=message.seed if message.HasField("seed") else DEFAULTS.seed,
+        count=message.count if message.HasField("count") else DEFAULTS.count,
+        sampler=sampler_name(message.sampler),
+        preview_interval=message.preview_interval,
+    )
+    request.validate(runtime.base)
+    return Prepared(request, adapter_name)
+
+
+def sampler_name(value: int) -> str:
+    """The engine's name of a sampler. Raises INVALID_FIELD for a number that is none."""
+    if value == pb.SAMPLER_UNSPECIFIED:
+        return SAMPLERS[0]
+    known: dict[int, str] = {pb.Sampler.Value(f"SAMPLER_{name.upper()}"): name for name in SAMPLERS}
+    if value not in known:
+        problem = f"must be one of {', '.join(SAMPLERS)}"
+        raise MooringError(
+            Reason.INVALID_FIELD,
+            f"sampler {value} {problem}.",
+            fields=[FieldViolation("sampler", problem)],
+        )
+    return known[value]
+
+
+async def draw(
+    runtime: Runtime, prepared: Prepared, klass: TaskClass = TaskClass.INTERACTIVE
+) -> AsyncIterator[GenerationEvent]:
+    """Run a prepared request; its events as they come.
+
+    Closing the iterator, or cancelling the task that reads it, cancels the engine's task at its next tick.
+
+    Raises:
+        MooringError: QUEUE_FULL, DRAINING, or what the engine's task failed with.
+    """
+    inbox = _Inbox()
+    # Tokenizing for the engine's own check takes milliseconds: off the event loop with it.
+    handle = await asyncio.to_thread(
+        runtime.engine.generate, prepared.request, inbox.post_from_thread, klass=klass
+    )
+    handle.add_done_callback(inbox.end_from_thread)
+    try:
+        async for event in inbox.events():
+            yield event
+        handle.result(0)
+    finally:
+        handle.cancel()
+
+
+class _Inbox:
+    """Events that cross from the engine thread to the event loop, at bounded memory.
+
+    A caller that reads slowly never slows the engine: progress that was not sent yet is replaced by newer
+    progress, and images are at most as many as were asked for.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[GenerationEvent] = deque()
+        self._news = asyncio.Event()
+        self._ended = False
+
+    def post_from_thread(self, event: GenerationEvent) -> None:
+        """Deliver an event; on any thread."""
+        self._loop.call_soon_threadsafe(self._post, event)
+
+    def end_from_thread(self, _handle: TaskHandle[None]) -> None:
+        """Say that no event follows; on any thread."""
+        self._loop.call_soon_threadsafe(self._end)
+
+    async def events(self) -> AsyncIterator[GenerationEvent]:
+        """The events, in order, until the end."""
+        while True:
+            while self._waiting:
+                yield self._waiting.popleft()
+            if self._ended:
+                return
+            await self._news.wait()
+            self._news.clear()
+
+    def _post(self, event: GenerationEvent) -> None:
+        last = self._waiting[-1] if self._waiting else None
+        if isinstance(event, Progress) and isinstance(last, Progress):
+            shown = event.preview if event.preview is not None else last.preview
+            self._waiting[-1] = Progress(event.step, event.steps, shown)
+        else:
+            self._waiting.append(event)
+        self._news.set()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._news.set()
+
+
+@dataclass
+class Stopwatch:
+    """When a request arrived and when its first step was done."""
+
+    arrived: float
+    first_step: float | None = None
+
+    @staticmethod
+    def start() -> Stopwatch:
+        """A request arrives now."""
+        return Stopwatch(time.perf_counter())
+
+    def step(self) -> float | None:
+        """A step was done; seconds since arrival when it was the first."""
+        if self.first_step is not None:
+            return None
+        self.first_step = time.perf_counter()
+        return self.first_step - self.arrived
+
+    @property
+    def queued(self) -> float:
+        """Seconds from arrival to the first step; 0 when there was none."""
+        return 0.0 if self.first_step is None else self.first_step - self.arrived
+
+    @property
+    def total(self) -> float:
+        """Seconds since arrival."""
+        return time.perf_counter() - self.arrived

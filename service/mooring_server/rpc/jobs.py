@@ -1,0 +1,207 @@
+"""JobService."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+
+from mooring.v1 import job_pb2 as pb
+from mooring.v1 import job_pb2_grpc
+
+from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.rpc import caller, convert, names, transfer
+from mooring_server.rpc.edge import Context
+from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
+from mooring_server.storage.models import Document, Job, JobEvent, JobState
+
+WATCH_POLL_SECONDS = 1.0
+"""How often a watcher looks for changes that another process made; our own wake it at once."""
+
+_EVENTS_AT_A_TIME = 100
+
+
+class JobServicer(job_pb2_grpc.JobServiceServicer):
+    """Jobs over the store.
+
+    Args:
+        runtime: gives the server's parts.
+    """
+
+    def __init__(self, runtime: Provide) -> None:
+        self._runtime = runtime
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
+        """See the contract."""
+        del context
+        return pb.GetJobResponse(job=convert.job(await self._job(request.name)))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
+        """See the contract."""
+        del context
+        tenant = names.check_parent(caller.tenant(), request.parent)
+        _check_enum(pb.JobKind, request.kind, "kind")
+        _check_enum(pb.JobState, request.state, "state")
+        state = pb.JobState.Name(request.state).removeprefix("JOB_STATE_")
+        records, token = await asyncio.to_thread(
+            self._runtime().store.list_jobs,
+            tenant,
+            kinds=[kind for kind, value in convert.KINDS.items() if value == request.kind],
+            states=[JobState(state)] if request.state else [],
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListJobsResponse(jobs=[convert.job(record) for record in records], next_page_token=token)
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
+        """See the contract."""
+        del context
+        where = names.resolve_job(caller.tenant(), request.name)
+        record = await asyncio.to_thread(self._runtime().store.request_cancel, where.tenant, where.id)
+        return pb.CancelJobResponse(job=convert.job(record))
+
+    async def WatchJob(
+        self, request: pb.WatchJobRequest, context: Context
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """See the contract."""
+        del context
+        runtime = self._runtime()
+        if request.after_sequence < 0:
+            raise _invalid("after_sequence", f"must not be negative, not {request.after_sequence}")
+        where = names.resolve_job(caller.tenant(), request.name)
+        sequence, told_end = request.after_sequence, False
+        with _news_of(runtime, where) as news:
+            while True:
+                # The job is read before its events: one that has ended by then gets no event after these.
+                job = await asyncio.to_thread(runtime.store.get_job, where.tenant, where.id)
+                events = await asyncio.to_thread(
+                    partial(runtime.store.events, after=sequence, limit=_EVENTS_AT_A_TIME),
+                    where.tenant,
+                    where.id,
+                )
+                for event in events:
+                    message = await asyncio.to_thread(_event, runtime, job, event)
+                    sequence = event.seq
+                    told_end = event.kind == "state" and JobState(event.payload["state"]).final
+                    yield message
+                if events:
+                    continue
+                if job.state.final:
+                    if not told_end:
+                        yield pb.WatchJobResponse(
+                            sequence=job.last_event,
+                            event_time=convert.timestamp(job.update_time),
+                            job=convert.job(job),
+                        )
+                    return
+                require_no_drain(runtime.gate)
+                await _either(news, runtime.gate.draining, WATCH_POLL_SECONDS)
+                news.clear()
+
+    async def GetEvaluation(
+        self, request: pb.GetEvaluationRequest, context: Context
+    ) -> pb.GetEvaluationResponse:
+        """See the contract."""
+        del context
+        job = await self._job(request.name)
+        key = _result(job).get("evaluation")
+        if key is None:
+            raise MooringError(
+                Reason.JOB_HAS_NO_RESULT,
+                f"Job {job.job_id!r} is a {job.kind} job: it has no evaluation.",
+                remedy="Name a job that Evaluate made.",
+            )
+        content = await asyncio.to_thread(_stored_json, self._runtime(), key)
+        return pb.GetEvaluationResponse(evaluation=convert.evaluation(job, content))
+
+    async def DownloadArtifact(
+        self, request: pb.DownloadArtifactRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadArtifactResponse]:
+        """See the contract."""
+        del context
+        job = await self._job(request.name)
+        artifacts = {item["filename"]: item for item in _result(job).get("artifacts", ())}
+        found = artifacts.get(request.filename)
+        if found is None:
+            some = ", ".join(list(artifacts)[:5]) or "none"
+            raise MooringError(
+                Reason.ARTIFACT_NOT_FOUND,
+                f"Job {job.job_id!r} made no file {request.filename[:100]!r}.",
+                remedy=f"It made {len(artifacts)} files: {some}{', …' if len(artifacts) > 5 else ''}.",
+            )
+        data = await asyncio.to_thread(self._runtime().objects.get, found["object_key"])
+        yield pb.DownloadArtifactResponse(
+            file=transfer.header_of(found["filename"], data, found["media_type"])
+        )
+        for chunk in transfer.chunks(data):
+            yield pb.DownloadArtifactResponse(chunk=chunk)
+
+    async def _job(self, name: str) -> Job:
+        where = names.resolve_job(caller.tenant(), name)
+        return await asyncio.to_thread(self._runtime().store.get_job, where.tenant, where.id)
+
+
+def _event(runtime: Runtime, job: Job, event: JobEvent) -> pb.WatchJobResponse:
+    message = pb.WatchJobResponse(sequence=event.seq, event_time=convert.timestamp(event.time))
+    if event.kind == "state":
+        # `job` was read before the event: read it again when the event is newer than what we know.
+        if event.seq > job.last_event:
+            job = runtime.store.get_job(job.tenant, job.job_id)
+        message.job.CopyFrom(convert.job_at(job, event))
+    else:
+        message.progress.CopyFrom(convert.progress(event.payload, runtime.objects.get))
+    return message
+
+
+def _result(job: Job) -> Document:
+    if job.result is None:
+        raise MooringError(
+            Reason.JOB_HAS_NO_RESULT,
+            f"Job {job.job_id!r} is {job.state.lower()}: it has made nothing.",
+            remedy="Watch it until it has succeeded." if not job.state.final else "Start a new job.",
+        )
+    return job.result
+
+
+def _stored_json(runtime: Runtime, key: str) -> Document:
+    content: Document = json.loads(runtime.objects.get(key))
+    return content
+
+
+@contextlib.contextmanager
+def _news_of(runtime: Runtime, where: names.Resolved) -> Iterator[asyncio.Event]:
+    """An event that is set whenever this process changes the job."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+    def changed(tenant: str, job_id: str) -> None:
+        if (tenant, job_id) == (where.tenant, where.id):
+            # The loop may be closed when the runner writes its last event during shutdown.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(news.set)
+
+    unsubscribe = runtime.store.subscribe(changed)
+    try:
+        yield news
+    finally:
+        unsubscribe()
+
+
+async def _either(first: asyncio.Event, second: asyncio.Event, seconds: float) -> None:
+    """Wait for one of two events, or for the time to pass."""
+    waits = [asyncio.ensure_future(first.wait()), asyncio.ensure_future(second.wait())]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+def _check_enum(enum: object, value: int, field: str) -> None:
+    if value not in enum.values():  # type: ignore[attr-defined]
+        raise _invalid(field, f"is not a known value: {value}")
+
+
+def _invalid(field: str, problem: str) -> MooringError:
+    return MooringError(Reason.INVALID_FIELD, f"{field} {problem}.", fields=[FieldViolation(field, problem)])

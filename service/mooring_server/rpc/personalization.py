@@ -1,0 +1,373 @@
+"""PersonalizationService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from google.protobuf import duration_pb2
+from mooring.v1 import personalization_pb2 as pb
+from mooring.v1 import personalization_pb2_grpc, training_pb2
+
+from mooring_server.engine.policy import TaskClass
+from mooring_server.engine.requests import MAX_COUNT, MAX_SIZE_FACTOR, MAX_STEPS, ImageReady, Progress
+from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.evaluation.config import EvaluationConfig
+from mooring_server.jobs.photos import MAX_PHOTO_BYTES
+from mooring_server.rpc import caller, convert, generation, images, names, status
+from mooring_server.rpc.adapter_cache import require_base
+from mooring_server.rpc.edge import Context
+from mooring_server.rpc.generation import Prepared, Stopwatch
+from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
+from mooring_server.storage.models import Job, Subject
+from mooring_server.storage.subjects import MAX_PHOTOS
+from mooring_server.training.config import PRESETS, Method, TrainConfig
+
+_BUSY_PAUSES = (0.05, 0.1, 0.2, 0.5)
+"""Seconds between two tries of a batch's request while the engine's queue is full; the last one repeats."""
+
+_CONTRACT_NAMES: Mapping[str, str] = {"budget": "drift_budget", "strength": "fixed_strength"}
+"""Fields of `TrainConfig` that the contract calls differently."""
+
+T = TypeVar("T")
+
+
+class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceServicer):
+    """Jobs into the store, generations into the engine.
+
+    Args:
+        runtime: gives the server's parts.
+    """
+
+    def __init__(self, runtime: Provide) -> None:
+        self._runtime = runtime
+
+    async def GetServerInfo(
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        """See the contract."""
+        del request, context
+        return _server_info(self._runtime(), caller.tenant())
+
+    async def Train(self, request: pb.TrainRequest, context: Context) -> pb.TrainResponse:
+        """See the contract."""
+        del context
+        job = await asyncio.to_thread(_train, self._runtime(), caller.tenant(), request)
+        return pb.TrainResponse(job=convert.job(job))
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
+        """See the contract."""
+        del context
+        job = await asyncio.to_thread(_evaluate, self._runtime(), caller.tenant(), request)
+        return pb.EvaluateResponse(job=convert.job(job))
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """See the contract."""
+        del context
+        runtime, watch = self._runtime(), Stopwatch.start()
+        prepared = await asyncio.to_thread(generation.prepare, runtime, caller.tenant(), request)
+        events = generation.draw(runtime, prepared)
+        try:
+            async for event in events:
+                if isinstance(event, ImageReady):
+                    chunks = await asyncio.to_thread(
+                        images.image_chunks, event.index, event.seed, event.image
+                    )
+                    runtime.metrics.images.inc()
+                    for chunk in chunks:
+                        yield pb.GenerateResponse(image=chunk)
+                elif isinstance(event, Progress):
+                    _note_step(runtime, watch)
+                    progress = pb.GenerateProgress(step=event.step, steps=event.steps)
+                    if event.preview is not None:
+                        progress.previews.append(await asyncio.to_thread(images.preview, event.preview))
+                    yield pb.GenerateResponse(progress=progress)
+                else:
+                    yield pb.GenerateResponse(queued=pb.GenerateQueued(position=event.position))
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+        runtime.metrics.steps.inc(_steps(prepared))
+        yield pb.GenerateResponse(done=_done(runtime, prepared, watch))
+
+    async def GenerateBatch(  # type: ignore[override]  # the stubs know handlers that yield only
+        self, request_iterator: AsyncIterator[pb.GenerateBatchRequest], context: Context
+    ) -> None:
+        """See the contract.
+
+        A request is read only when fewer than `max_batch_in_flight` are unfinished; HTTP/2 flow control then
+        slows the caller. It writes by itself rather than yield, because results come from many tasks.
+        """
+        runtime, tenant = self._runtime(), caller.tenant()
+        room = asyncio.Semaphore(runtime.settings.max_batch_in_flight)
+        writing = asyncio.Lock()
+        unfinished: set[str] = set()
+
+        async def write(messages: list[pb.GenerateBatchResponse]) -> None:
+            async with writing:  # an image's chunks stay together
+                for message in messages:
+                    await context.write(message)
+
+        async def answer(request: pb.GenerateBatchRequest) -> None:
+            try:
+                async for messages in _batch_results(runtime, tenant, request):
+                    await write(messages)
+            except MooringError as error:
+                failed = status.to_status(error)
+                await write([pb.GenerateBatchResponse(id=request.id, error=failed)])
+            finally:
+                unfinished.discard(request.id)
+                room.release()
+
+        requests = aiter(request_iterator)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    await room.acquire()
+                    request = await anext(requests, None)
+                    if request is None:
+                        break
+                    _check_batch_id(request.id, unfinished)
+                    unfinished.add(request.id)
+                    tasks.create_task(answer(request))
+        except* MooringError as group:
+            raise _first(group, MooringError) from None
+        except* Exception as group:
+            raise _first(group, Exception) from group
+
+
+async def _batch_results(
+    runtime: Runtime, tenant: str, message: pb.GenerateBatchRequest
+) -> AsyncIterator[list[pb.GenerateBatchResponse]]:
+    watch = Stopwatch.start()
+    prepared = await asyncio.to_thread(generation.prepare, runtime, tenant, message.request)
+    pauses = iter(_BUSY_PAUSES)
+    pause = 0.0
+    while True:
+        require_no_drain(runtime.gate)
+        events = generation.draw(runtime, prepared, TaskClass.BATCH)
+        try:
+            async for event in events:
+                if isinstance(event, ImageReady):
+                    chunks = await asyncio.to_thread(
+                        images.image_chunks, event.index, event.seed, event.image
+                    )
+                    runtime.metrics.images.inc()
+                    yield [pb.GenerateBatchResponse(id=message.id, image=chunk) for chunk in chunks]
+                elif isinstance(event, Progress):
+                    _note_step(runtime, watch)
+            break
+        except MooringError as error:
+            # A full queue means that other calls are ahead: this one waits its turn rather than fail.
+            if error.reason is not Reason.QUEUE_FULL:
+                raise
+            pause = next(pauses, pause)
+            await asyncio.sleep(pause)
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+    runtime.metrics.steps.inc(_steps(prepared))
+    yield [pb.GenerateBatchResponse(id=message.id, done=_done(runtime, prepared, watch))]
+
+
+def _check_batch_id(value: str, unfinished: set[str]) -> None:
+    """An id that cannot be answered under ends the call. Raises INVALID_FIELD."""
+    if not 1 <= len(value) <= 128:
+        problem = f"must have 1 to 128 characters, not {len(value)}"
+    elif value in unfinished:
+        problem = f"{value!r} is the id of an unfinished request of this call"
+    else:
+        return
+    raise MooringError(Reason.INVALID_FIELD, f"id {problem}.", fields=[FieldViolation("id", problem)])
+
+
+def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
+    """Check everything that can be known before a job starts, then queue it. Blocking."""
+    names.check_parent(tenant, request.parent)
+    where = names.resolve_subject(tenant, request.subject, "subject")
+    subject = runtime.store.get_subject(where.tenant, where.id)
+    _require_photos(subject)
+    adapter_id = names.check_id(request.adapter_id or subject.subject_id, "adapter_id")
+    config = _within("config", lambda: TrainConfig.from_json(convert.training_document(request.config)))
+    if config.budget is None and config.target_drift is not None:
+        config = replace(config, budget=config.target_drift)  # the job shall show what it was steered by
+    if config.rank > runtime.bank.rank:
+        problem = f"must be at most {runtime.bank.rank} on this server, not {config.rank}"
+        raise MooringError(
+            Reason.ADAPTER_RANK_TOO_LARGE,
+            f"config.rank {problem}.",
+            remedy="Lower it, or start the server with a larger MOORING_RANK.",
+            metadata={"limit": str(runtime.bank.rank)},
+            fields=[FieldViolation("config.rank", problem)],
+        )
+    if config.targets == "attention+ff" and runtime.bank.targets == "attention":
+        problem = "ATTENTION_FF is not among the layers that this server adapts"
+        raise MooringError(
+            Reason.INVALID_FIELD,
+            f"config.targets: {problem}.",
+            remedy="Use ATTENTION, or start the server with MOORING_TARGETS=attention+ff.",
+            fields=[FieldViolation("config.targets", problem)],
+        )
+    spec = {"subject": subject.subject_id, "adapter_id": adapter_id, "config": config.to_json()}
+    return runtime.store.create_job(tenant, "train", spec, request_id=request.request_id)
+
+
+def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job:
+    """As `_train`. Blocking."""
+    names.check_parent(tenant, request.parent)
+    if not runtime.judges_available:
+        raise MooringError(
+            Reason.JUDGES_NOT_AVAILABLE,
+            "This server has no judges (CLIP and DINO) to evaluate with.",
+            remedy="Start it with MOORING_CLIP_JUDGE and MOORING_DINO_JUDGE.",
+        )
+    adapter = None
+    if request.adapter:
+        where = names.resolve_adapter(tenant, request.adapter, "adapter")
+        adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
+        require_base(adapter, runtime.base.digest)
+    if request.subject:
+        where = names.resolve_subject(tenant, request.subject, "subject")
+        subject = runtime.store.get_subject(where.tenant, where.id)
+    elif adapter is not None and adapter.subject_id:
+        subject = runtime.store.get_subject(tenant, adapter.subject_id)
+    else:
+        raise MooringError(
+            Reason.INVALID_FIELD,
+            "subject is empty.",
+            remedy="Name the subject to compare with; only an adapter's own subject is found by itself.",
+            fields=[FieldViolation("subject", "is required for the base alone")],
+        )
+    _require_photos(subject)
+    given = convert.evaluation_document(request.config)
+    wanted = EvaluationConfig.from_json(
+        {
+            "generic_prompts": runtime.generic_prompts,
+            "class_noun": subject.class_noun,
+            "placeholder": "" if adapter is None else adapter.placeholder,
+            **given,
+        }
+    )
+    _within("config", wanted.validate)
+    document = wanted.to_json()
+    spec = {
+        "adapter": "" if adapter is None else adapter.name,
+        "subject": subject.subject_id,
+        "config": {name: document[name] for name in convert.EVALUATION_FIELDS},
+    }
+    return runtime.store.create_job(tenant, "evaluate", spec, request_id=request.request_id)
+
+
+def _require_photos(subject: Subject) -> None:
+    if not subject.photo_count:
+        raise MooringError(
+            Reason.SUBJECT_HAS_NO_PHOTOS,
+            f"Subject {subject.subject_id!r} has no photos.",
+            remedy=f"Upload 1 to {MAX_PHOTOS} photos of it first.",
+        )
+
+
+def _within(field: str, check: Callable[[], T]) -> T:
+    """Run a check of a nested message; its violations then name their whole path."""
+    try:
+        return check()
+    except MooringError as error:
+        nested = [
+            violation
+            if violation.field.startswith(f"{field}.")
+            else FieldViolation(
+                f"{field}.{_CONTRACT_NAMES.get(violation.field, violation.field)}", violation.description
+            )
+            for violation in error.fields
+        ]
+        raise MooringError(
+            error.reason, error.message, remedy=error.remedy, metadata=error.metadata, fields=nested
+        ) from None
+
+
+def _note_step(runtime: Runtime, watch: Stopwatch) -> None:
+    waited = watch.step()
+    if waited is not None:
+        runtime.metrics.queue_wait.observe(waited)
+
+
+def _steps(prepared: Prepared) -> int:
+    return prepared.request.steps * prepared.request.count
+
+
+def _done(runtime: Runtime, prepared: Prepared, watch: Stopwatch) -> pb.GenerateDone:
+    return pb.GenerateDone(
+        images=prepared.request.count,
+        adapter=prepared.adapter,
+        adapter_digest=prepared.adapter_digest,
+        base_digest=runtime.base.digest,
+        queue_time=_duration(watch.queued),
+        total_time=_duration(watch.total),
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    made = duration_pb2.Duration()
+    made.FromMicroseconds(round(seconds * 1e6))
+    return made
+
+
+def _first(group: BaseExceptionGroup[BaseException], kind: type[Exception]) -> BaseException:
+    """The first exception of a kind in a group of groups."""
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            return _first(error, kind)
+        if isinstance(error, kind):
+            return error
+    return group
+
+
+def _server_info(runtime: Runtime, tenant: str) -> pb.GetServerInfoResponse:
+    base, settings = runtime.base, runtime.settings
+    default = generation.DEFAULTS
+    training = convert.training_config(TrainConfig().to_json())
+    training.preset = training_pb2.DRIFT_PRESET_BALANCED
+    return pb.GetServerInfoResponse(
+        version=runtime.version,
+        tenant=names.parent(tenant),
+        base=pb.BaseModel(
+            digest=base.digest,
+            display_name=runtime.base_name,
+            kind=base.kind,
+            prediction_type=base.prediction_type,
+            native_size=base.native_size,
+            max_prompt_tokens=base.max_prompt_tokens,
+        ),
+        limits=pb.Limits(
+            max_steps=min(MAX_STEPS, base.num_train_timesteps),
+            max_images=MAX_COUNT,
+            min_size=base.vae_scale_factor,
+            max_size=base.native_size * MAX_SIZE_FACTOR,
+            size_multiple=base.vae_scale_factor,
+            max_rank=runtime.bank.rank,
+            max_photos=MAX_PHOTOS,
+            max_photo_bytes=min(MAX_PHOTO_BYTES, settings.max_photo_bytes),
+            max_batch_in_flight=settings.max_batch_in_flight,
+        ),
+        methods=[training_pb2.TrainingMethod.Value(f"TRAINING_METHOD_{m.upper()}") for m in Method],
+        presets=[
+            pb.DriftPresetValue(
+                preset=training_pb2.DriftPreset.Value(f"DRIFT_PRESET_{name.upper()}"), drift_budget=value
+            )
+            for name, value in PRESETS.items()
+        ],
+        training_defaults=training,
+        generation_defaults=pb.GenerateRequest(
+            adapter_scale=default.adapter_scale,
+            steps=default.steps,
+            guidance_scale=default.guidance_scale,
+            width=base.native_size,
+            height=base.native_size,
+            seed=default.seed,
+            count=default.count,
+            sampler=pb.SAMPLER_DDIM,
+        ),
+        evaluation_available=runtime.judges_available,
+    )

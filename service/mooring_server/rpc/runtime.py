@@ -1,0 +1,55 @@
+"""What the servicers work with: one object, complete before the first call is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mooring_server.config import Settings
+from mooring_server.engine.bank import AdapterBank
+from mooring_server.engine.base import BaseModel
+from mooring_server.engine.engine import Engine
+from mooring_server.errors import MooringError, Reason
+from mooring_server.rpc.adapter_cache import AdapterCache
+from mooring_server.rpc.edge import Gate
+from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.store import Store
+from mooring_server.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The parts of a running server.
+
+    Attributes:
+        base_name: the base model's name to show.
+        judges_available: whether evaluation jobs can run.
+        generic_prompts: prompts about things the base knows, for evaluations that name none.
+        version: of the software.
+    """
+
+    settings: Settings
+    metrics: Metrics
+    gate: Gate
+    store: Store
+    objects: ObjectStore
+    base: BaseModel
+    bank: AdapterBank
+    engine: Engine
+    adapters: AdapterCache
+    base_name: str
+    judges_available: bool
+    generic_prompts: tuple[str, ...]
+    version: str
+
+
+Provide = Callable[[], Runtime]
+"""Gives the runtime; only called once the gate lets calls through."""
+
+
+def require_no_drain(gate: Gate) -> None:
+    """End a long-lived stream when shutdown has begun. Raises DRAINING (UNAVAILABLE)."""
+    if gate.draining.is_set():
+        raise MooringError(
+            Reason.DRAINING, "The server is shutting down.", remedy="Repeat the call; watching resumes."
+        )
