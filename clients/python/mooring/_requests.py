@@ -70,14 +70,6 @@ def enum_value(enum: Any, word: str, field: str) -> Any:
     return enum.Value(value)
 
 
-def enum_word(enum: Any, value: int) -> str:
-    """The word of an enum's value: "spectral" for TRAINING_METHOD_SPECTRAL, "" for the zero value."""
-    names = list(enum.keys())
-    prefix = next(name for name in names if name.endswith("UNSPECIFIED")).removesuffix("UNSPECIFIED")
-    word: str = enum.Name(value).removeprefix(prefix).lower()
-    return "" if word == "unspecified" else word
-
-
 def create_subject(
     subject_id: str,
     *,

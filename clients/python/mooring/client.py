@@ -25,6 +25,7 @@ from mooring.types import (
     ImageAssembler,
     JobEvent,
     done_of,
+    enum_word,
     generate_event_of,
     is_terminal,
     job_event_of,
@@ -528,7 +529,7 @@ def succeeded(job: job_pb2.Job) -> job_pb2.Job:
     if job.state == job_pb2.JOB_STATE_SUCCEEDED or not is_terminal(job):
         return job
     error = errors.from_status(job.error)
-    word = _requests.enum_word(job_pb2.JobState, job.state)
+    word = enum_word(job_pb2.JobState, job.state)
     raise errors.JobFailedError(
         error.message or f"The job {'was ' if word == 'cancelled' else ''}{word}.",
         job=job.name,

@@ -168,6 +168,14 @@ def is_terminal(job: job_pb2.Job) -> bool:
     }
 
 
+def enum_word(enum: Any, value: int) -> str:
+    """The word of an enum's value: "spectral" for TRAINING_METHOD_SPECTRAL, "" for the zero value."""
+    names = list(enum.keys())
+    prefix = next(name for name in names if name.endswith("UNSPECIFIED")).removesuffix("UNSPECIFIED")
+    word: str = enum.Name(value).removeprefix(prefix).lower()
+    return "" if word == "unspecified" else word
+
+
 class ImageAssembler:
     """Puts the chunks of the images of one call together; images are not interleaved."""
 

@@ -1,0 +1,137 @@
+"""The `mooring` command: photos in, a moored adapter served, its drift measured.
+
+Commands talk to a server through the Python client, like any other program; torch is imported by the server's
+process alone, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mooring_server import cli_work
+from mooring_server.cli_options import BaseOption, StateDirOption
+from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, fail, out
+from mooring_server.cli_resources import adapters, jobs, subjects
+from mooring_server.cli_server import RunningServer, announced, resolve_state_dir
+
+if TYPE_CHECKING:
+    from mooring_server.config import Settings
+
+app = typer.Typer(
+    name="mooring",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODE_HELP,
+)
+app.add_typer(subjects, name="subjects")
+app.add_typer(adapters, name="adapters")
+app.add_typer(jobs, name="jobs")
+app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
+app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
+app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"mooring {version('mooring-server')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Personalise a text-to-image model, within a measured distance of the base.
+
+    \b
+    mooring subjects create rex ./photos --class dog --rights owned
+    mooring train rex
+    mooring generate "a photo of <rex> dog on the beach" --adapter rex
+    mooring evaluate rex
+    mooring demo                    all of it on photos that ship with Mooring
+
+    Without --server, commands use the server that runs on the state directory, or start one for themselves.
+    """
+    del version
+
+
+def _settings(**options: object) -> Settings:
+    """Settings from the options that were given, over `MOORING_*` variables, over defaults."""
+    from pydantic import ValidationError
+
+    from mooring_server.config import Settings
+
+    try:
+        return Settings(**{name: value for name, value in options.items() if value})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "_".join(str(part) for part in first["loc"])
+        raise fail(
+            f"{field}: {first['msg'].removeprefix('Value error, ')}",
+            f"Change --{field.replace('_', '-')} or MOORING_{field.upper()}.",
+            code=2,
+        ) from None
+
+
+@app.command()
+def serve(
+    *,
+    base: BaseOption = "",
+    state_dir: StateDirOption = None,
+    listen: Annotated[
+        str,
+        typer.Option(
+            envvar="MOORING_LISTEN", metavar="HOST:PORT", help="gRPC address; port 0 takes a free one."
+        ),
+    ] = "",
+    metrics_listen: Annotated[
+        str, typer.Option(envvar="MOORING_METRICS_LISTEN", metavar="HOST:PORT", help="Address of /metrics.")
+    ] = "",
+    threads: Annotated[
+        int | None,
+        typer.Option(envvar="MOORING_THREADS", min=1, help="Torch threads. Default: one fewer than cores."),
+    ] = None,
+    embedded: Annotated[bool, typer.Option("--embedded", hidden=True)] = False,
+) -> None:
+    """Run the server until SIGTERM or Ctrl-C, then drain: finish calls, checkpoint the running job.
+
+    Every setting can also be a MOORING_* environment variable; docs/operations.md lists them.
+
+    \b
+    mooring serve
+    mooring serve --base ./stable-diffusion-v1-5 --listen 127.0.0.1:6000
+    """
+    with errors_shown():
+        settings = _settings(
+            base=base,
+            state_dir=resolve_state_dir(state_dir),
+            listen=listen,
+            metrics_listen=metrics_listen,
+            threads=threads,
+        )
+        with announced(settings.state_dir) as announce:
+            # torch comes in here, and must know its threads before it does
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+            import asyncio
+
+            from mooring_server import server as server_module
+
+            def ready(target: str) -> None:
+                announce(RunningServer(pid=os.getpid(), target=target, embedded=embedded, base=base))
+                err.print(
+                    f"mooring serves {settings.base or 'dinghy'} on {target}; state in {settings.state_dir}"
+                )
+
+            asyncio.run(server_module.serve(settings, on_ready=ready))
