@@ -1,0 +1,101 @@
+"""Write trained models in their public layouts, fp16 safetensors, with digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import VERSION, sources, text
+
+FLOAT32 = "float32"
+
+
+def _declare_float32(folder: Path) -> None:
+    """Say float32 in a transformers config whose file holds fp16.
+
+    transformers loads in the declared precision by default and diffusers in float32; a text
+    encoder left in fp16 beside a float32 UNet fails on its first product.
+    """
+    path = folder / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = FLOAT32
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def export_base(out: Path, run: str = "t2i") -> dict[str, Any]:
+    """Write the base model from the averaged weights of ``run`` and the codec; returns its figures."""
+    from diffusers import StableDiffusionPipeline
+
+    from .t2i import Settings, Trainer, build_scheduler
+    from .vae import load_codec
+
+    trainer = Trainer(sources.cache_dir() / run, Settings())
+    trainer.resume()
+    unet, encoder = trainer.averaged()
+    kind: Any = StableDiffusionPipeline  # diffusers ships no types
+    pipeline = kind(
+        vae=load_codec(),
+        text_encoder=encoder,
+        tokenizer=text.build_tokenizer(),
+        unet=unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16)
+    _replace(out, lambda folder: _save_pipeline(pipeline, folder))
+    return {"run": run, "steps": trainer.step, "samples": trainer.step * trainer.settings.batch,
+            "minutes": round(trainer.seconds / 60, 1)}  # fmt: skip
+
+
+def _save_pipeline(pipeline: Any, folder: Path) -> None:
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    _declare_float32(folder / "text_encoder")
+    # AutoencoderTiny derives this entry itself and warns when it reads it back.
+    path = folder / "vae" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _replace(out: Path, write: Any) -> None:
+    """Call ``write(folder)`` on a fresh folder, then put it in ``out``'s place."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+def export_judge(out: Path, model: Any, parts: list[Any]) -> None:
+    """Write a transformers model (fp16 file, float32 when loaded) and its tokenizer or processor."""
+
+    def write(folder: Path) -> None:
+        model.half().save_pretrained(folder, safe_serialization=True)
+        for part in parts:
+            part.save_pretrained(folder)
+        _declare_float32(folder)
+
+    _replace(out, write)
+    model.float()
+
+
+def write_manifest(root: Path, figures: dict[str, Any]) -> None:
+    """``MANIFEST.json``: version, size and SHA-256 of every file, training figures."""
+    files = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.name not in ("MANIFEST.json", "README.md"):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            files[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = {"version": VERSION, "files": files, "figures": figures}
+    part = root / "MANIFEST.part"
+    part.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    part.rename(root / "MANIFEST.json")
