@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ _END = "</w>"
 def build_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-pair vocabulary and merges in which every word of ``words`` is a single token.
 
-    Trained to exhaustion on the words themselves: the result is deterministic, and a word
+    Trained to exhaustion on the words themselves: a word
     that is not among them falls into known pieces and at worst into letters, never into nothing.
     """
     from tokenizers import Tokenizer
@@ -51,7 +52,9 @@ def build_tokenizer() -> Any:
     """The tokenizer of dinghy-1: an ordinary ``transformers.CLIPTokenizer``."""
     from transformers import CLIPTokenizer
 
-    vocab, merges = build_vocabulary(nouns.vocabulary_words())
+    # read, never rebuilt: BpeTrainer breaks ties by hash order, so every process would number the words anew
+    committed = json.loads(Path(__file__).with_name("vocabulary.json").read_text())
+    vocab, merges = committed["vocab"], [tuple(pair) for pair in committed["merges"]]
     kind: Any = CLIPTokenizer  # its hints know merges as lines of text only
     return kind(
         vocab=vocab,
