@@ -209,7 +209,7 @@ def generate(
 
 
 def batch_messages(
-    requests: Iterable[tuple[str, Mapping[str, Any]]], failures: list[Exception]
+    requests: Iterable[tuple[str, Mapping[str, Any]]], failures: list[BaseException]
 ) -> Iterator[personalization_pb2.GenerateBatchRequest]:
     """The stream of a batch: an id and the keyword arguments of `generate` for each request.
 

@@ -234,7 +234,7 @@ class Client:
     ) -> AsyncIterator[BatchEvent]:
         """Draw many requests over one connection; results come as they finish, in any order."""
         assemblers: dict[str, ImageAssembler] = {}
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         call = self._personalization.GenerateBatch(_requests.batch_messages(requests, failures))
         try:
             with translated():
@@ -242,7 +242,8 @@ class Client:
                     event = batch_event_of(message, assemblers)
                     if event is not None:
                         yield event
-        except errors.MooringError as error:
+        except (errors.MooringError, asyncio.CancelledError) as error:
+            # a request iterator that raised shows here as a call cancelled by ourselves
             raise (failures or [error])[0] from None
         finally:
             call.cancel()

@@ -455,7 +455,7 @@ class Client:
             BatchImage, then BatchDone, or BatchError, each under its request's id.
         """
         assemblers: dict[str, ImageAssembler] = {}
-        failures: list[Exception] = []
+        failures: list[BaseException] = []
         call: Any = self._personalization.GenerateBatch(_requests.batch_messages(requests, failures))
         try:
             with translated():
