@@ -37,16 +37,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MOORING_", frozen=True, extra="forbid")
 
-    base: str = Field("", description="Base model: local directory or hub id. Default: the packaged dinghy.")
+    base: str = Field(
+        default="", description="Base model: local directory or hub id. Default: the packaged dinghy."
+    )
     clip_judge: str = Field(
-        "", description="CLIP judge for Evaluate: a local CLIPModel directory. Default: packaged."
+        default="", description="CLIP judge for Evaluate: a local CLIPModel directory. Default: packaged."
     )
     dino_judge: str = Field(
-        "", description="DINO judge for Evaluate: a local ViT directory. Default: packaged."
+        default="", description="DINO judge for Evaluate: a local ViT directory. Default: packaged."
     )
-    device: str = Field("cpu", description="Torch device of the base, for example cpu or cuda:0.")
+    device: str = Field(default="cpu", description="Torch device of the base, for example cpu or cuda:0.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Number format of UNet and text encoders."
+        default="float32", description="Number format of UNet and text encoders."
     )
     threads: int = Field(
         default_factory=default_threads, ge=1, le=1024, description="Torch threads of the engine."
@@ -55,44 +57,64 @@ class Settings(BaseSettings):
     state_dir: Path = Field(
         default_factory=default_state_dir, description="Folder of the database and the objects."
     )
-    database_url: str = Field("", description="SQLAlchemy URL. Default: SQLite in the state directory.")
+    database_url: str = Field(
+        default="", description="SQLAlchemy URL. Default: SQLite in the state directory."
+    )
 
     listen: str = Field(
-        "127.0.0.1:50051", description="Address of the gRPC server; port 0 takes a free one. Loopback only."
+        default="127.0.0.1:50051",
+        description="Address of the gRPC server; port 0 takes a free one. Loopback only.",
     )
     metrics_listen: str = Field(
-        "127.0.0.1:9464", description="Address of /metrics; port 0 takes a free one, empty switches it off."
+        default="127.0.0.1:9464",
+        description="Address of /metrics; port 0 takes a free one, empty switches it off.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="auto: JSON unless standard error is a terminal."
+        default="auto", description="auto: JSON unless standard error is a terminal."
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default="INFO", description="Least level."
+    )
 
-    slots: int = Field(9, ge=2, le=4096, description="Device slots of the adapter bank, with the zero slot.")
-    rank: int = Field(16, ge=1, le=128, description="Largest adapter rank.")
+    slots: int = Field(
+        default=9, ge=2, le=4096, description="Device slots of the adapter bank, with the zero slot."
+    )
+    rank: int = Field(default=16, ge=1, le=128, description="Largest adapter rank.")
     targets: Literal["attention", "attention+ff"] = Field(
-        "attention+ff", description="Layers that adapters may change."
+        default="attention+ff", description="Layers that adapters may change."
     )
     training_share: float = Field(
-        0.2, ge=0.0, le=1.0, description="Share of device time that training keeps while others wait."
+        default=0.2, ge=0.0, le=1.0, description="Share of device time that training keeps while others wait."
     )
-    max_queue: int = Field(64, ge=1, le=100_000, description="Generation requests that may wait or run.")
+    max_queue: int = Field(
+        default=64, ge=1, le=100_000, description="Generation requests that may wait or run."
+    )
     max_batch_in_flight: int = Field(
-        16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
+        default=16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
     )
-    max_photo_bytes: int = Field(20 * MIB, ge=1024, le=200 * MIB, description="Size of one uploaded photo.")
+    max_photo_bytes: int = Field(
+        default=20 * MIB, ge=1024, le=200 * MIB, description="Size of one uploaded photo."
+    )
     max_adapter_bytes: int = Field(
-        512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."
+        default=512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."
     )
-    adapter_cache: int = Field(64, ge=1, le=100_000, description="Decoded adapters kept in host memory.")
+    adapter_cache: int = Field(
+        default=64, ge=1, le=100_000, description="Decoded adapters kept in host memory."
+    )
     lease_seconds: float = Field(
-        30.0, ge=1.0, le=3600.0, description="A job whose runner is silent this long is taken over."
+        default=30.0, ge=1.0, le=3600.0, description="A job whose runner is silent this long is taken over."
     )
     drain_pause_seconds: float = Field(
-        0.0, ge=0.0, le=300.0, description="From NOT_SERVING to refusing calls; lets load balancers notice."
+        default=0.0,
+        ge=0.0,
+        le=300.0,
+        description="From NOT_SERVING to refusing calls; lets load balancers notice.",
     )
     drain_seconds: float = Field(
-        25.0, ge=0.0, le=3600.0, description="Time for running calls and the job's checkpoint at shutdown."
+        default=25.0,
+        ge=0.0,
+        le=3600.0,
+        description="Time for running calls and the job's checkpoint at shutdown.",
     )
 
     @field_validator("listen", "metrics_listen")

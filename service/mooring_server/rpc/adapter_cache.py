@@ -90,7 +90,7 @@ def require_base(adapter: Adapter, base_digest: str) -> None:
     if adapter.base_digest != base_digest:
         raise MooringError(
             Reason.BASE_DIGEST_MISMATCH,
-            f"Adapter {adapter.name!r} belongs to base {adapter.base_digest}; this server runs {base_digest}.",
+            f"{adapter.name!r} belongs to base {adapter.base_digest}, this server runs {base_digest}.",
             remedy="Train it again on this base, or serve the base it belongs to.",
             metadata={"expected": base_digest, "found": adapter.base_digest},
         )

@@ -62,7 +62,11 @@ class Gate:
         self.idle.clear()
 
     def require_ready(self) -> None:
-        """Refuse what comes before the base model is resident. Raises DRAINING (UNAVAILABLE)."""
+        """Refuse what comes too early or too late. Raises DRAINING (UNAVAILABLE)."""
+        if self.draining.is_set():
+            raise MooringError(
+                Reason.DRAINING, "The server is shutting down.", remedy="Repeat in a few seconds."
+            )
         if not self.ready:
             raise MooringError(
                 Reason.DRAINING, "The base model is still being loaded.", remedy="Repeat in a few seconds."

@@ -244,6 +244,7 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
     given = convert.evaluation_document(request.config)
     wanted = EvaluationConfig.from_json(
         {
+            "prompts": runtime.scene_prompts,
             "generic_prompts": runtime.generic_prompts,
             "class_noun": subject.class_noun,
             "placeholder": "" if adapter is None else adapter.placeholder,

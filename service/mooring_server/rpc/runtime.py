@@ -25,6 +25,7 @@ class Runtime:
         base_name: the base model's name to show.
         judges_available: whether evaluation jobs can run.
         generic_prompts: prompts about things the base knows, for evaluations that name none.
+        scene_prompts: subject prompts with `{}`, for evaluations that name none.
         version: of the software.
     """
 
@@ -40,6 +41,7 @@ class Runtime:
     base_name: str
     judges_available: bool
     generic_prompts: tuple[str, ...]
+    scene_prompts: tuple[str, ...]
     version: str
 
 

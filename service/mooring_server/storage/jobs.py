@@ -178,6 +178,12 @@ class Jobs(Database):
         with self.reading() as connection:
             return {(kind, JobState(state)): count for kind, state, count in connection.execute(query)}
 
+    def running_progress(self, kind: str) -> list[Document]:
+        """The newest progress of every running job of a kind, of all tenants, for metrics."""
+        query = select(schema.jobs.c.progress).filter_by(kind=kind, state=JobState.RUNNING)
+        with self.reading() as connection:
+            return [progress for progress in connection.scalars(query) if progress is not None]
+
     # -- for runners ---------------------------------------------------------------------------------------
 
     def claim_job(

@@ -15,9 +15,10 @@ from prometheus_client.registry import Collector
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+_JOBS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
-JobCounts = Mapping[tuple[str, str], int]
+JobCounts = Mapping[tuple[str, Any], int]
 TrainingFigures = Iterable[Mapping[str, Any]]
 
 
@@ -39,7 +40,9 @@ class Metrics:
             "grpc_server_handling_seconds", "From a call's begin to its end.", _CALLS, rpc
         )
         self.in_flight = self._gauge("mooring_rpcs_in_flight", "Calls being handled.", [])
-        self.queue_depth = self._gauge("mooring_queue_depth", "Engine tasks that wait or run.", ["class"])
+        self.queue_depth = self._gauge(
+            "mooring_queue_depth", "Engine tasks that wait or run.", ["class", "state"]
+        )
         self.queue_wait = self._histogram(
             "mooring_queue_wait_seconds", "From a request's arrival to its first step.", _CALLS, []
         )
@@ -55,6 +58,13 @@ class Metrics:
         )
         self.images = self._counter("mooring_images", "Images drawn and sent.", [])
         self.steps = self._counter("mooring_steps", "Denoising steps done for callers.", [])
+        self.jobs_claimed = self._counter(
+            "mooring_jobs_claimed", "Jobs taken up by this process.", ["kind", "attempt"]
+        )
+        self.jobs_ended = self._counter(
+            "mooring_jobs_ended", "Jobs this process was done with.", ["kind", "outcome"]
+        )
+        self.job_seconds = self._histogram("mooring_job_seconds", "Work on a job.", _JOBS, ["kind"])
         self.cache_queries = self._counter(
             "mooring_adapter_cache_queries", "Look-ups of an adapter.", ["tier"]
         )

@@ -1,0 +1,431 @@
+"""The server put together: settings in, a listening process out.
+
+`Server` is the thing itself; `serve` runs one until SIGTERM; `EmbeddedServer` runs one on a thread of its own
+for tests and for commands that need no separate process.
+
+Start: listen with health NOT_SERVING, load the base model beside the event loop, then SERVING.
+Stop: health NOT_SERVING, a pause for load balancers, running calls and the job's checkpoint, then everything
+closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from mooring.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    job_pb2,
+    job_pb2_grpc,
+    personalization_pb2,
+    personalization_pb2_grpc,
+    subject_pb2,
+    subject_pb2_grpc,
+)
+from prometheus_client import start_http_server
+
+from mooring_server import dinghy
+from mooring_server.config import Settings
+from mooring_server.engine.bank import AdapterBank
+from mooring_server.engine.base import BaseModel, load_base
+from mooring_server.engine.engine import Engine
+from mooring_server.errors import MooringError, Reason
+from mooring_server.evaluation.config import NEW_SCENES
+from mooring_server.evaluation.judges import Judges
+from mooring_server.jobs.runner import GENERIC_PROMPTS, JobRunner, RunnerSettings
+from mooring_server.rpc.adapter_cache import AdapterCache
+from mooring_server.rpc.adapters import AdapterServicer
+from mooring_server.rpc.edge import EdgeInterceptor, Gate
+from mooring_server.rpc.jobs import JobServicer
+from mooring_server.rpc.personalization import PersonalizationServicer
+from mooring_server.rpc.runtime import Runtime
+from mooring_server.rpc.subjects import SubjectServicer
+from mooring_server.storage.objects import LocalObjects
+from mooring_server.storage.store import Store
+from mooring_server.telemetry import logs
+from mooring_server.telemetry.metrics import Metrics
+from mooring_server.telemetry.observer import MetricsObserver
+
+log = logs.get_logger("mooring.server")
+
+MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_CONCURRENT_CALLS = 512
+_CLOSING_GRACE_SECONDS = 0.5
+_GENERIC_PROMPTS = 24
+_SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in (
+        (personalization_pb2, "PersonalizationService"),
+        (subject_pb2, "SubjectService"),
+        (adapter_pb2, "AdapterService"),
+        (job_pb2, "JobService"),
+    )
+)
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two servers on one port would each get a part of the calls, silently.
+    ("grpc.so_reuseport", 0),
+    # The client pings every 30 s while a call is open; gRPC's default takes one in 300 s and then hangs up.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 120_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+
+class Server:
+    """One server. Use `start`, then `stop`, on one event loop.
+
+    Args:
+        settings: what to run.
+
+    Attributes:
+        target: "host:port" that clients connect to; known once `start` listens.
+        metrics_url: address of the metrics, empty when they are off.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.target = ""
+        self.metrics_url = ""
+        self._version = version("mooring-server")
+        self._metrics = Metrics(self._version)
+        self._gate = Gate()
+        self._runtime: Runtime | None = None
+        self._runner: JobRunner | None = None
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+        self._grpc: grpc.aio.Server | None = None
+        self._close_metrics: Callable[[], None] = lambda: None
+
+    @property
+    def runtime(self) -> Runtime:
+        """The parts; complete after `start`."""
+        assert self._runtime is not None, "the base model is not resident yet"
+        return self._runtime
+
+    async def start(self) -> None:
+        """Listen, load the base model, take calls.
+
+        Raises:
+            MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use.
+        """
+        started = time.monotonic()
+        try:
+            await self._listen()
+            await asyncio.to_thread(self._load)
+        except BaseException:
+            await self.stop()
+            raise
+        self._gate.ready = True
+        self._metrics.ready.set(1)
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        assert self._runner is not None
+        self._runner.start()
+        log.info(
+            "serving",
+            target=self.target,
+            metrics=self.metrics_url,
+            base=self.runtime.base_name,
+            base_digest=self.runtime.base.digest,
+            seconds=round(time.monotonic() - started, 2),
+        )
+
+    async def stop(self) -> None:
+        """Drain and close; see the module. Safe after a failed start."""
+        log.info("draining", calls=self._gate.in_flight)
+        self._metrics.ready.set(0)
+        await self._health.enter_graceful_shutdown()
+        if self._gate.ready:
+            await asyncio.sleep(self.settings.drain_pause_seconds)
+        self._gate.draining.set()
+        handing_back = asyncio.create_task(asyncio.to_thread(self._stop_runner))
+        with contextlib.suppress(TimeoutError):
+            # Not `stop(grace)`: it would also wait for health watchers, which never end by themselves.
+            await asyncio.wait_for(self._gate.idle.wait(), self.settings.drain_seconds)
+        await handing_back
+        if self._grpc is not None:
+            await self._grpc.stop(_CLOSING_GRACE_SECONDS)
+        await asyncio.to_thread(self._close)
+        log.info("stopped")
+
+    # ------------------------------------------------------------------ listening
+
+    async def _listen(self) -> None:
+        # The servicer starts as SERVING: say otherwise before anybody can ask.
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor(self._metrics, self._gate)],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+        )
+
+        def provide() -> Runtime:
+            return self.runtime
+
+        personalization_pb2_grpc.add_PersonalizationServiceServicer_to_server(
+            PersonalizationServicer(provide), server
+        )
+        subject_pb2_grpc.add_SubjectServiceServicer_to_server(SubjectServicer(provide), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(provide), server)
+        job_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(provide), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+        )
+        host = self.settings.listen.rpartition(":")[0]
+        try:
+            port = server.add_insecure_port(self.settings.listen)
+        except RuntimeError as error:
+            raise _address_in_use("listen", self.settings.listen) from error
+        self.target = f"{host}:{port}"
+        self._start_metrics()
+        self._grpc = server
+        await server.start()
+
+    def _start_metrics(self) -> None:
+        if not self.settings.metrics_listen:
+            return
+        host, _, port = self.settings.metrics_listen.rpartition(":")
+        address = host.removeprefix("[").removesuffix("]")
+        try:
+            http, thread = start_http_server(int(port), address, self._metrics.registry)
+        except OSError as error:
+            raise _address_in_use("metrics_listen", self.settings.metrics_listen) from error
+        self.metrics_url = f"http://{host}:{http.server_port}/metrics"
+
+        def close() -> None:
+            http.shutdown()
+            http.server_close()
+            thread.join()
+
+        self._close_metrics = close
+
+    # ------------------------------------------------------------------ the parts, off the event loop
+
+    def _load(self) -> None:
+        settings = self.settings
+        settings.state_dir.mkdir(parents=True, exist_ok=True)
+        store = Store(settings.storage_url)
+        objects = LocalObjects(settings.objects_dir)
+        packaged = not settings.base
+        base = load_base(
+            settings.base or dinghy.base_dir(),
+            device=settings.device,
+            dtype=getattr(torch, settings.dtype),
+            threads=settings.threads,
+        )
+        bank = AdapterBank(base, slots=settings.slots, rank=settings.rank, targets=settings.targets)
+        observer = MetricsObserver(self._metrics)
+        engine = Engine(
+            base,
+            bank,
+            threads=settings.threads,
+            training_share=settings.training_share,
+            max_queue=settings.max_queue,
+            observer=observer,
+        )
+        judges = _judges(settings, packaged=packaged)
+        generic = tuple(dinghy.generic_prompts(_GENERIC_PROMPTS)) if packaged else GENERIC_PROMPTS
+        scenes = tuple(dinghy.new_scene_prompts("{}")) if packaged else NEW_SCENES
+        cache = AdapterCache(
+            objects,
+            base,
+            self._metrics,
+            capacity=settings.adapter_cache,
+            max_bytes=settings.max_adapter_bytes,
+            max_rank=settings.rank,
+        )
+        self._runner = JobRunner(
+            store,
+            objects,
+            engine,
+            base,
+            bank,
+            judges,
+            RunnerSettings(
+                lease_seconds=settings.lease_seconds,
+                drain_seconds=settings.drain_seconds / 2,
+                generic_prompts=generic,
+                scene_prompts=scenes,
+            ),
+            observer=observer,
+        )
+        self._metrics.watch_jobs(store.count_jobs, lambda: store.running_progress("train"))
+        self._metrics.device_bytes.labels("weights").set(_weight_bytes(base))
+        self._metrics.device_bytes.labels("arena").set(bank.arena.nbytes)
+        self._runtime = Runtime(
+            settings=settings,
+            metrics=self._metrics,
+            gate=self._gate,
+            store=store,
+            objects=objects,
+            base=base,
+            bank=bank,
+            engine=engine,
+            adapters=cache,
+            base_name=dinghy.VERSION if packaged else Path(settings.base).name,
+            judges_available=judges is not None,
+            generic_prompts=generic,
+            scene_prompts=scenes,
+            version=self._version,
+        )
+
+    def _stop_runner(self) -> None:
+        if self._runner is not None:
+            self._runner.stop(self.settings.drain_seconds)
+
+    def _close(self) -> None:
+        if self._runtime is not None:
+            self._runtime.engine.close()
+            self._runtime.store.close()
+        self._close_metrics()
+
+
+async def serve(settings: Settings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it. A second signal ends it at once.
+
+    Args:
+        settings: what to run.
+        on_ready: called with "host:port" once calls are taken.
+
+    Raises:
+        MooringError: it could not start.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    loop, stopping = asyncio.get_running_loop(), asyncio.Event()
+
+    def stop_at(name: signal.Signals) -> None:
+        if stopping.is_set():
+            signal.signal(name, signal.SIG_DFL)
+            signal.raise_signal(name)
+        stopping.set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop_at, name)
+    server = Server(settings)
+    starting = asyncio.create_task(server.start())
+    waiting = asyncio.create_task(stopping.wait())
+    await asyncio.wait([starting, waiting], return_when=asyncio.FIRST_COMPLETED)
+    # A signal during the load takes effect right after it: the loading thread cannot be interrupted.
+    await starting
+    if on_ready is not None and not stopping.is_set():
+        on_ready(server.target)
+    await waiting
+    await server.stop()
+
+
+class EmbeddedServer:
+    """A server on its own thread and event loop, on a free port; a context manager.
+
+    Logs only warnings unless the program has set up structlog. Metrics are off unless `metrics` is true.
+
+    Args:
+        settings: what to run; its addresses are replaced.
+        metrics: serve /metrics, on a free port too.
+
+    Attributes:
+        server: the server inside.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, metrics: bool = False) -> None:
+        settings = settings or Settings()
+        addresses = {"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0" if metrics else ""}
+        self.settings = settings.model_copy(update=addresses)
+        self.server = Server(self.settings)
+        self._thread = threading.Thread(target=self._run, name="mooring-server", daemon=True)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+
+    @property
+    def target(self) -> str:
+        """Where to connect to, as host:port."""
+        return self.server.target
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of the metrics."""
+        return self.server.metrics_url
+
+    def __enter__(self) -> Self:
+        """Start, and wait until calls are taken. Raises what `Server.start` raises."""
+        logs.ensure_configured()
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Drain and stop."""
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            await self.server.start()
+        except BaseException as error:  # noqa: BLE001 - raised again on the thread that waits
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        await self._stop.wait()
+        await self.server.stop()
+
+
+def _judges(settings: Settings, *, packaged: bool) -> Judges | None:
+    """The named judges, or the packaged base's own: dinghy's judges would mislead about another base."""
+    clip, dino = settings.clip_judge, settings.dino_judge
+    if packaged and dinghy.clip_dir().is_dir() and dinghy.dino_dir().is_dir():
+        clip, dino = clip or str(dinghy.clip_dir()), dino or str(dinghy.dino_dir())
+    if not clip and not dino:
+        return None
+    if not (clip and dino):
+        raise MooringError(
+            Reason.JUDGES_NOT_AVAILABLE,
+            "Only one of the two judges is configured.",
+            remedy="Set both MOORING_CLIP_JUDGE and MOORING_DINO_JUDGE, or neither.",
+        )
+    return Judges.load(clip, dino, device=settings.device)
+
+
+def _weight_bytes(base: BaseModel) -> int:
+    return sum(parameter.nbytes for module in base.modules().values() for parameter in module.parameters())
+
+
+def _address_in_use(field: str, address: str) -> MooringError:
+    return MooringError(
+        Reason.INVALID_FIELD,
+        f"Cannot listen on {address}: it is in use, or not an address of this machine.",
+        remedy=f"Stop what listens there, or set MOORING_{field.upper()} to another (port 0: a free one).",
+    )

@@ -1,0 +1,45 @@
+"""The numbers of engine and job runner as metrics. Called on their threads; only counts, never blocks."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from mooring_server.telemetry.metrics import Metrics
+
+
+class MetricsObserver:
+    """Implements the engine's `EngineObserver` and the runner's `RunnerObserver`.
+
+    Args:
+        metrics: where to count.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def tick(self, klass: IntEnum, seconds: float) -> None:
+        """A tick of a class took so long."""
+        self._metrics.tick_seconds.labels(klass.name.lower()).observe(seconds)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage took so long."""
+        self._metrics.stage_seconds.labels(name).observe(seconds)
+
+    def batch(self, size: int, adapters: int) -> None:
+        """A UNet batch of so many rows with so many different adapters ran."""
+        self._metrics.batch_size.observe(size)
+        self._metrics.batch_adapters.observe(adapters)
+
+    def queue(self, klass: IntEnum, waiting: int, running: int) -> None:
+        """A class's queue changed."""
+        self._metrics.queue_depth.labels(klass.name.lower(), "waiting").set(waiting)
+        self._metrics.queue_depth.labels(klass.name.lower(), "running").set(running)
+
+    def job_claimed(self, kind: str, *, resumed: bool) -> None:
+        """A job was claimed, for the first time or again."""
+        self._metrics.jobs_claimed.labels(kind, "resumed" if resumed else "first").inc()
+
+    def job_ended(self, kind: str, outcome: str, seconds: float) -> None:
+        """The runner is done with a job."""
+        self._metrics.jobs_ended.labels(kind, outcome.lower()).inc()
+        self._metrics.job_seconds.labels(kind).observe(seconds)
