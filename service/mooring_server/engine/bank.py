@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -248,6 +248,7 @@ class AdapterBank:
         *,
         seed: int = 0,
         rank: int | None = None,
+        targets: str | None = None,
     ) -> TrainingSlot:
         """Make a slot trainable in place.
 
@@ -255,11 +256,18 @@ class AdapterBank:
             slot: a slot of `reserve`; None reserves one (then `TrainingSlot.close` releases it).
             weights: where to start; None starts a fresh adapter: A ~ N(0, 1/r²), B = 0 (so ΔW = 0).
             seed: of the fresh A; the same seed gives the same factors.
-            rank: of the fresh adapter, at most the bank's; None takes the bank's.
+            rank: of the adapter, at most the bank's; None takes that of `weights`, else the bank's.
+            targets: layers to train, at most the bank's; None takes the bank's. The other layers' factors
+                stay zero in the slot.
 
         Raises:
             MooringError: QUEUE_FULL, ADAPTER_RANK_TOO_LARGE, or what `load` raises.
+            ValueError: targets that this bank has no factors for.
         """
+        layers = adaptable_layers(self.base, targets or self.targets).keys()
+        missing = [name for name in layers if name not in self.factors]
+        if missing:
+            raise ValueError(f"this bank adapts “{self.targets}” only; {missing[0]} has no factors in it")
         chosen = rank or (weights.rank if weights else self.rank)
         if chosen > self.rank:
             raise rank_too_large(chosen, self.rank)
@@ -270,7 +278,8 @@ class AdapterBank:
                 self._resident.pop(weights.digest, None)  # what is trained is no longer that adapter
             else:
                 self.unload(place)
-            return TrainingSlot(self, place, chosen, seed=None if weights else seed, owned=slot is None)
+            fresh = None if weights else seed
+            return TrainingSlot(self, place, chosen, layers, seed=fresh, owned=slot is None)
         except BaseException:
             if slot is None:
                 self.release(place)
@@ -352,8 +361,7 @@ class TrainingSlot:
     penalty, clipping and an optimiser step are single passes over the two flat buffers, and a preview through
     `bank.rows([slot], …)` sees the current values. Clear gradients with `flat_grad.zero_()`, never with
     `zero_grad(set_to_none=True)`. With a rank below the bank's, the padding starts at zero in both factors
-    and
-    stays there: its gradients are products of zeros.
+    and stays there: its gradients are products of zeros.
 
     Attributes:
         slot: place in the bank.
@@ -361,10 +369,19 @@ class TrainingSlot:
         rank: of the adapter that `weights` gives.
         flat: `[size]` view of the arena row.
         flat_grad: `[size]`.
-        params: layer → (A `[bank rank, in]`, B `[out, bank rank]`).
+        params: trained layer → (A `[bank rank, in]`, B `[out, bank rank]`).
     """
 
-    def __init__(self, bank: AdapterBank, slot: int, rank: int, *, seed: int | None, owned: bool) -> None:
+    def __init__(
+        self,
+        bank: AdapterBank,
+        slot: int,
+        rank: int,
+        layers: Collection[str],
+        *,
+        seed: int | None,
+        owned: bool,
+    ) -> None:
         self.bank = bank
         self.slot = slot
         self.layout = bank.layout
@@ -372,7 +389,7 @@ class TrainingSlot:
         self.flat = bank.arena[slot]
         self.flat_grad = torch.zeros_like(self.flat)
         self._owned = owned
-        views = self.layout.views(self.flat)
+        views = {name: pair for name, pair in self.layout.views(self.flat).items() if name in layers}
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
             for A, _ in views.values():
@@ -430,6 +447,8 @@ class _Trained:
 
     def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
         """Output `[B, T, out]` plus scale · B(Ax), x `[B, T, in]`."""
+        if layer not in self.params:
+            return output
         A, B = self.params[layer]
         delta = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
         return output + (delta * self.scale if self.scale != 1.0 else delta).to(output.dtype)
