@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = tuple(
-    (
-        "a an the of on in with photo picture drawing duck robot car dog cat red blue green yellow purple "
-        "forest beach snow table grass desert city wood white black small big toy and sleeping running"
-    ).split()  # noqa: SIM905 - a list of 36 strings reads worse
+_TEXT = (
+    "a an the of on in with photo picture drawing duck robot car dog cat red blue green yellow purple "
+    "forest beach snow table grass desert city wood white black small big toy and sleeping running"
 )
+WORDS = tuple(_TEXT.split())
 """Every word is one token of the tiny tokenizers."""
 
 MAX_LENGTH = 16
@@ -20,14 +19,15 @@ MAX_LENGTH = 16
 
 
 def _tokenizer(pad_token: str = "<|endoftext|>"):
-    """Byte pairs merged letter by letter; not trained, as `BpeTrainer` breaks ties by hash order."""
+    """Each word is merged from its end, so that no word's merges disturb another word.
+
+    Not trained: `BpeTrainer` breaks ties by hash order, another vocabulary in every process.
+    """
     from transformers import CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     merges = dict.fromkeys(
-        (word[:end], word[end] + ("</w>" if end == len(word) - 1 else ""))
-        for word in sorted(WORDS, reverse=True)
-        for end in range(1, len(word))
+        (word[start], word[start + 1 :] + "</w>") for word in WORDS for start in range(len(word) - 2, -1, -1)
     )
     pieces = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), pad_token]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
