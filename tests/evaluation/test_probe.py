@@ -11,6 +11,7 @@ from mooring_server.engine.base import PromptEmbeds
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.design import counter_generator
 from mooring_server.evaluation.probe import DriftFigure, DriftProbe
+from running_ticks import finish
 
 GENERIC = [f"a thing number {i}" for i in range(6)]
 CLASS = ["a fox", "a fox in the snow"]
@@ -85,17 +86,6 @@ class KnownTrainingSlot:
             yield
         finally:
             self.base.push = None
-
-
-def finish(steps):
-    ticks = 0
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value, ticks
-        ticks += 1
-        assert torch.is_grad_enabled(), "no context may stay open between ticks"
 
 
 def build(base=None, **options):

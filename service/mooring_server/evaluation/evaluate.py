@@ -85,7 +85,7 @@ class _Shot:
     seed: int
 
 
-def evaluate(  # noqa: PLR0917 - what is evaluated, with what, on what: the order reads as that
+def evaluate(
     base: BaseModel,
     bank: AdapterBank,
     judges: Judges,
@@ -259,8 +259,9 @@ def _probe(
     base: BaseModel, bank: AdapterBank, config: EvaluationConfig, cache: EvaluationCache
 ) -> Generator[None, None, DriftProbe]:
     key = (base.digest, config.generic_prompts, config.class_noun, config.probe_points, config.probe_seed)
-    if key not in cache.probes or cache.probes[key].bank is not bank:
-        cache.probes[key] = yield from DriftProbe.build(
+    probe = cache.probes.get(key)
+    if probe is None or probe.bank is not bank:
+        probe = yield from DriftProbe.build(
             base,
             bank,
             generic_prompts=config.generic_prompts,
@@ -268,9 +269,10 @@ def _probe(
             points=config.probe_points,
             seed=config.probe_seed,
         )
+        cache.probes[key] = probe
     cache.probes.move_to_end(key)
     cache.trim()
-    return cache.probes[key]
+    return probe
 
 
 def _judge(

@@ -1,4 +1,4 @@
-"""Prompts of measurements: class templates, articles, and what the base and the judges may read of a prompt."""
+"""Prompts of measurements: class templates, articles, and what base and judges may read of a prompt."""
 
 from __future__ import annotations
 
