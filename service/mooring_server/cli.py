@@ -124,6 +124,7 @@ def serve(
             # torch comes in here, and must know its threads before it does
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+            os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries have no place in a log
             import asyncio
 
             from mooring_server import server as server_module

@@ -132,8 +132,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, empty: str) 
         out.print(empty, style="dim")
         return
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        grid.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        grid.add_column(column, overflow="fold" if i else "ellipsis", no_wrap=not i)
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     out.print(grid)

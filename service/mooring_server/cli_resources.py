@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from mooring_server.cli_options import (
 )
 from mooring_server.cli_output import (
     errors_shown,
+    fail,
     figures,
     job_progress,
     local_time,
@@ -31,6 +33,7 @@ from mooring_server.cli_output import (
 from mooring_server.cli_server import connect
 
 if TYPE_CHECKING:
+    import mooring
     from mooring.v1 import job_pb2
 
 subjects = typer.Typer(
@@ -44,7 +47,7 @@ AdapterArgument = Annotated[
     str,
     typer.Argument(metavar="ADAPTER", help='Adapter id, with a version ("rex@2") or without (the newest).'),
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, or its first digits.")]
 PhotosArgument = Annotated[
     list[Path], typer.Argument(metavar="PHOTO...", help="JPEG, PNG or WebP files, or folders of them.")
 ]
@@ -368,6 +371,9 @@ def job_subject(job: job_pb2.Job) -> str:
     return short(job.evaluate.adapter) or f"base on {short(job.evaluate.subject)}"
 
 
+COLUMNS = ["job", "state", "what", "progress or result", "created"]
+
+
 def job_row(job: job_pb2.Job) -> list[str]:
     """A job as a table row."""
     from mooring.types import enum_word
@@ -378,13 +384,26 @@ def job_row(job: job_pb2.Job) -> list[str]:
         f"{job.progress.phase} {job.progress.step}/{job.progress.steps}" if job.HasField("progress") else ""
     )
     return [
-        short(job.name),
-        enum_word(pb.JobKind, job.kind),
+        short(job.name)[:SHORT_ID],
         state + (" (cancelling)" if job.cancel_requested and state == "running" else ""),
-        job_subject(job),
-        progress if state == "running" else short(job.adapter) or job.error.message[:60],
+        f"{enum_word(pb.JobKind, job.kind)} {job_subject(job)}",
+        progress if state == "running" else short(job.adapter) or textwrap.shorten(job.error.message, 48, placeholder=" …"),
         local_time(job.create_time),
     ]
+
+
+SHORT_ID = 8
+"""Digits of a job's id that are shown, and enough to name it."""
+
+
+def full_job(client: mooring.Client, job: str) -> str:
+    """The full id of a job that is named by its first digits."""
+    if "/" in job or len(job) >= 32:
+        return job
+    found = [short(j.name) for j in client.list_jobs() if short(j.name).startswith(job)]
+    if len(found) > 1:
+        raise fail(f"{len(found)} jobs start with {job!r}.", "Give more digits of the id.", code=2)
+    return found[0] if found else job
 
 
 class Kind(StrEnum):
@@ -425,7 +444,7 @@ def jobs_list(
         print_json([message_dict(j) for j in found])
         return
     table(
-        ["job", "kind", "state", "what", "progress or result", "created"],
+        COLUMNS,
         [job_row(j) for j in found],
         empty="no jobs" if kind or state else "no jobs yet: mooring train --help",
     )
@@ -444,11 +463,11 @@ def jobs_show(
     from mooring.types import progress_event
 
     with errors_shown(), connect(server, state_dir, base=base) as client:
-        found = client.get_job(job)
+        found = client.get_job(full_job(client, job))
     if as_json:
         print_json(message_dict(found))
         return
-    table(["job", "kind", "state", "what", "progress or result", "created"], [job_row(found)], empty="")
+    table(COLUMNS, [job_row(found)], empty="")
     if found.HasField("progress"):
         out.print(figures(progress_event(0, found.progress)))
     if found.error.message:
@@ -479,12 +498,13 @@ def jobs_watch(
     from mooring.client import succeeded
 
     with errors_shown(), connect(server, state_dir, base=base) as client:
-        with job_progress(job_subject(client.get_job(job)), quiet=as_json) as show:
-            for event in client.watch(job, after_sequence=after):
+        watched = client.get_job(full_job(client, job))
+        with job_progress(job_subject(watched), quiet=as_json) as show:
+            for event in client.watch(watched, after_sequence=after):
                 show(event)
                 if as_json:
                     print_event(event)
-        ended = succeeded(client.get_job(job))
+        ended = succeeded(client.get_job(watched))
         if not as_json:
             out.print(f"succeeded {short(ended.adapter)}".strip())
 
@@ -502,5 +522,5 @@ def jobs_cancel(
     from mooring.v1 import job_pb2 as pb
 
     with errors_shown(), connect(server, state_dir, base=base) as client:
-        found = client.cancel_job(job)
+        found = client.cancel_job(full_job(client, job))
     out.print(f"{escape(job)}: {enum_word(pb.JobState, found.state)}, asked to stop")
