@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -118,7 +119,7 @@ def export(
 @app.command()
 def figures(
     count: Annotated[int, typer.Option(help="Fresh prompts.")] = 300,
-    out: Annotated[Path, typer.Option(help="Folder for the sample sheets.")] = Path("docs/images"),
+    out: Annotated[str, typer.Option(help="Folder for the sample sheets.")] = "docs/images",
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
 ) -> None:
     """Measure the exported set: scenes, objects, tints, codec, judges; write the sample sheets."""
@@ -129,7 +130,7 @@ def figures(
     from .figures import all_figures
 
     torch.set_num_threads(threads)
-    typer.echo(json.dumps(all_figures(count, out), indent=1))
+    typer.echo(json.dumps(all_figures(count, Path(out)), indent=1))
 
 
 @app.command()

@@ -48,20 +48,20 @@ def normalise(pictures: list[Picture]) -> Tensor:
 
 
 def build_clip() -> Any:
-    """CLIPModel: 64 px in patches of 8, width 192, six and three layers, projection 128."""
+    """CLIPModel: 64 px in patches of 8, width 192, four and two layers, projection 128."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = text.build_tokenizer()
     config = CLIPConfig(
         text_config={
-            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 768,
-            "num_hidden_layers": 3, "num_attention_heads": 3, "max_position_embeddings": text.MAX_LENGTH,
+            "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "hidden_act": "gelu",
+            "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": text.MAX_LENGTH,
             "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id, "projection_dim": 128,
         },
         vision_config={
-            "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 3,
-            "image_size": IMAGE_PX, "patch_size": PATCH_PX, "projection_dim": 128,
+            "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 3,
+            "hidden_act": "gelu", "image_size": IMAGE_PX, "patch_size": PATCH_PX, "projection_dim": 128,
         },
         projection_dim=128,
     )  # fmt: skip
@@ -129,12 +129,12 @@ def train_clip(minutes: float, call_minutes: float | None = None, batch: int = 1
 
 
 def build_vit() -> Any:
-    """Dinov2Model: 64 px in patches of 8, width 192, six layers; features are ``last_hidden_state[:, 0]``."""
+    """Dinov2Model: 64 px in patches of 8, width 192, four layers; features are ``last_hidden_state[:, 0]``."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
-        image_size=IMAGE_PX, patch_size=PATCH_PX, hidden_size=192, mlp_ratio=4,
-        num_hidden_layers=6, num_attention_heads=3, layerscale_value=1.0,
+        image_size=IMAGE_PX, patch_size=PATCH_PX, hidden_size=192, mlp_ratio=3,
+        num_hidden_layers=4, num_attention_heads=3, layerscale_value=1.0,
     )  # fmt: skip
     model = Dinov2Model(config)
     model.set_attn_implementation("eager")

@@ -78,7 +78,8 @@ def append_log(path: Path, line: dict[str, Any]) -> None:
 
 @dataclass
 class Plan:
-    """Length and rates of a run; ``minutes`` counts training time over all its interruptions."""
+    """Length and rates of a run; ``minutes`` counts the process's own processor time
+    over all interruptions: on a shared machine the clock on the wall says nothing about the work done."""
 
     minutes: float
     muon_lr: float = 0.01
@@ -90,7 +91,7 @@ class Plan:
 
 
 class Loop:
-    """Runs ``loss(step)`` under a linear decay over wall-clock time.
+    """Runs ``loss(step)`` under a linear decay over processor time.
 
     ``modules`` are saved by name; the weights of the last checkpoint and a running average
     of the trainable parameters (bias-corrected at the start) are kept.
@@ -146,7 +147,7 @@ class Loop:
 
         ``after`` is called after every optimiser step.
         """
-        last = saved = logged = time.monotonic()
+        last = saved = logged = time.process_time()
         begun, losses = last, list[float]()
         while self.seconds < 60 * self.plan.minutes and (minutes is None or last - begun < 60 * minutes):
             value = loss(self.step)
@@ -160,7 +161,7 @@ class Loop:
                 after()
             self.step += 1
             losses.append(float(value.detach()))
-            now = time.monotonic()
+            now = time.process_time()
             self.seconds += now - last
             last = now
             if now - logged > 20:
@@ -173,5 +174,5 @@ class Loop:
                 losses, logged = [], now
             if now - saved > 60 * self.plan.checkpoint_minutes:
                 self.save()
-                saved = time.monotonic()
+                saved = time.process_time()
         self.save()
