@@ -83,9 +83,9 @@ def decode_photo(data: bytes, filename: str) -> CheckedPhoto:
         image = Image.open(io.BytesIO(data), formats=[file_format])
         _check_pixels(image.size, name)
         _check_frames(image, name)
-        _check_training_allowed(data, image.info, name)
         image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # a huge JPEG is decoded at 1/2, 1/4 or 1/8
         image.load()
+        _check_training_allowed(data, image.info, name)  # now, because PNG may keep its texts at the end
         upright = _oriented(image)
         flat = _on_white(upright)
     except MooringError:

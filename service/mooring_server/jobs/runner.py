@@ -103,7 +103,7 @@ class JobRunner:
         observer: receives numbers.
     """
 
-    def __init__(  # noqa: PLR0917 - what it works with, in the order of the layers
+    def __init__(
         self,
         store: Store,
         objects: ObjectStore,

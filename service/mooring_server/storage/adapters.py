@@ -104,8 +104,8 @@ class Adapters(Jobs):
             # NULL, not "", for an import: the uniqueness of (tenant, job_id) must not bind imports.
             insert_row(connection, schema.adapters, vars(adapter) | {"job_id": job_id})
             if job is not None:
-                result = {"adapter": adapter.name, "digest": digest, "summary": summary}
-                result |= {"artifacts": list(artifacts)}
+                result: Document = {"adapter": adapter.name, "digest": digest, "summary": summary}
+                result["artifacts"] = list(artifacts)
                 self._finish(connection, job, JobState.SUCCEEDED, result=result, error=None)
         if job_id is not None:
             self._notify(tenant, job_id)

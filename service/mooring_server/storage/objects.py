@@ -91,7 +91,7 @@ class LocalObjects:
     def delete(self, key: str) -> None:
         """Remove `key` if it is there."""
         path = self._path(key)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             path.unlink()
             _sync_folder(path.parent)
 

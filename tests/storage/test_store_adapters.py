@@ -3,12 +3,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rows import publish
-
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import JobState
 from mooring_server.storage.store import Store
+from store_rows import publish
 
 
 def not_found(call, *args) -> bool:

@@ -5,13 +5,12 @@ import base64
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rows import new_subject, publish
-
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage.database import DEFAULT_PAGE
 from mooring_server.storage.models import JobState
 from mooring_server.storage.pages import PageTokens
 from mooring_server.storage.store import Store
+from store_rows import new_subject, publish
 
 
 def pages(list_, *args, **kwargs):

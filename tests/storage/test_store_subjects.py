@@ -3,11 +3,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rows import RIGHTS, new_photo, new_subject
-
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage.store import Store
 from mooring_server.storage.subjects import MAX_PHOTOS
+from store_rows import RIGHTS, new_photo, new_subject
 
 
 def reason_of(call, *args, **kwargs) -> Reason:

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mooring_server.errors import MooringError
+from mooring_server.storage import schema
+from mooring_server.storage.store import Store
+from sqlalchemy import update
+from store_rows import new_subject
+
+
+def test_sqlite_is_set_up_to_survive_a_power_cut(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path}/db")
+    with store.reading() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
+
+
+def test_a_reader_is_not_held_up_by_a_writer(store: Store) -> None:
+    new_subject(store)
+    with store.writing() as connection:
+        connection.execute(update(schema.subjects).values(display_name="changed"))
+        with ThreadPoolExecutor(1) as pool:
+            seen = pool.submit(store.get_subject, "acme", "duck").result(timeout=10)
+    assert seen.display_name == ""
+    assert store.get_subject("acme", "duck").display_name == "changed"
+
+
+def test_a_failed_transaction_changes_nothing(store: Store) -> None:
+    new_subject(store)
+
+    def fail() -> None:
+        with store.writing() as connection:
+            connection.execute(update(schema.subjects).values(display_name="changed"))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert store.get_subject("acme", "duck").display_name == ""
+
+
+def test_many_threads_of_two_processes_share_the_database(open_store) -> None:
+    first, second = open_store(), open_store()
+
+    def work(number: int) -> None:
+        store = (first, second)[number % 2]
+        for step in range(3):
+            store.create_job("acme", "train", {"worker": number, "step": step})
+            store.list_jobs("acme")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(first.list_jobs("acme")[0]) == 24
+
+
+def test_replicas_may_start_together(database_url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        stores = list(pool.map(lambda _: Store(database_url), range(4)))
+    new_subject(stores[0])
+    assert all(store.get_subject("acme", "duck").subject_id == "duck" for store in stores)
+    for store in stores:
+        store.close()
+
+
+def test_a_database_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    Store(f"sqlite:///{tmp_path}/db").close()
+    with sqlite3.connect(tmp_path / "db") as database:
+        database.execute("UPDATE server_state SET value = CAST('99' AS BLOB) WHERE key = 'schema'")
+    with pytest.raises(MooringError, match="schema 99, not 1"):
+        Store(f"sqlite:///{tmp_path}/db")
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://host/db"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="storage needs"):
+        Store(url)
+
+
+def test_the_shared_clock_is_about_now(database_url: str) -> None:
+    store = Store(database_url)
+    with store.reading() as connection:
+        assert abs(store.now(connection) - time.time()) < 60
+    store.close()
