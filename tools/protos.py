@@ -89,11 +89,11 @@ def _script(name: str) -> Path:
 
 
 @contextmanager
-def workspace() -> Iterator[Path]:
+def workspace(proto: Path = PROTO) -> Iterator[Path]:
     """A temporary buf workspace: our buf.yaml and files, and googleapis as a second, unchecked module."""
     with tempfile.TemporaryDirectory(prefix="mooring-buf-") as folder:
         root = Path(folder)
-        (root / "proto").symlink_to(PROTO, target_is_directory=True)
+        (root / "proto").symlink_to(proto, target_is_directory=True)
         google = root / "third_party" / "google"
         google.mkdir(parents=True)
         for name in ("api", "rpc"):
@@ -111,23 +111,23 @@ def workspace() -> Iterator[Path]:
         yield root
 
 
-def buf(*arguments: str) -> subprocess.CompletedProcess[str]:
+def buf(*arguments: str, proto: Path = PROTO) -> subprocess.CompletedProcess[str]:
     """Runs buf in the assembled workspace; the caller looks at `returncode` and `stdout`."""
-    with workspace() as root:
+    with workspace(proto) as root:
         return subprocess.run(  # noqa: S603 - fixed program, own arguments
             [_script("buf"), *arguments], cwd=root, capture_output=True, text=True, check=False
         )
 
 
-def lint() -> subprocess.CompletedProcess[str]:
+def lint(proto: Path = PROTO) -> subprocess.CompletedProcess[str]:
     """`buf lint` and `buf format --diff` over our files."""
-    done = buf("lint")
-    return done if done.returncode else buf("format", "proto", "--diff", "--exit-code")
+    done = buf("lint", proto=proto)
+    return done if done.returncode else buf("format", "proto", "--diff", "--exit-code", proto=proto)
 
 
-def breaking(against: Path = BASELINE) -> subprocess.CompletedProcess[str]:
+def breaking(proto: Path = PROTO, against: Path = BASELINE) -> subprocess.CompletedProcess[str]:
     """`buf breaking` of our files against an image."""
-    return buf("breaking", "proto", "--against", str(against))
+    return buf("breaking", "proto", "--against", str(against), proto=proto)
 
 
 def baseline(destination: Path = BASELINE) -> subprocess.CompletedProcess[str]:

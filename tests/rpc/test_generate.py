@@ -1,0 +1,313 @@
+"""Generate and GenerateBatch on a real server."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+
+import grpc
+import numpy as np
+import pytest
+from mooring.v1 import media_pb2
+from mooring.v1 import personalization_pb2 as pb
+from mooring_server.engine.policy import TaskClass
+from mooring_server.rpc import personalization
+from mooring_server.rpc.images import CHUNK_BYTES, image_chunks
+from PIL import Image
+from rpc_calls import DEADLINE, failure_of, publish, read_status
+
+PROMPT = "a photo of a dog"
+
+
+def generate(stubs, **values) -> list[pb.GenerateResponse]:
+    request = pb.GenerateRequest(**{"prompt": PROMPT, "steps": 3, **values})
+    return list(stubs.personalization.Generate(request, timeout=DEADLINE))
+
+
+def pictures(chunks: list[media_pb2.ImageChunk]) -> dict[int, np.ndarray]:
+    """Images by index, put together and checked against what their chunks say."""
+    data: dict[int, bytearray] = {}
+    found = {}
+    for chunk in chunks:
+        buffer = data.setdefault(chunk.index, bytearray())
+        assert chunk.offset == len(buffer)
+        buffer += chunk.data
+        if chunk.last:
+            assert len(buffer) == chunk.size_bytes
+            assert hashlib.sha256(buffer).hexdigest() == chunk.sha256
+            image = Image.open(io.BytesIO(bytes(buffer)))
+            assert image.format == "PNG"
+            assert image.size == (chunk.width, chunk.height)
+            found[chunk.index] = np.asarray(image)
+    assert found.keys() == data.keys()
+    return found
+
+
+def drawn(responses) -> dict[int, np.ndarray]:
+    return pictures([response.image for response in responses if response.HasField("image")])
+
+
+def test_events_come_in_order_and_tell_what_was_done(stubs, runtime):
+    responses = generate(stubs, count=2, seed=7, preview_interval=1)
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds == sorted(kinds, key=["queued", "progress", "image", "done"].index)
+    assert {"queued", "progress", "image", "done"} == set(kinds)
+    steps = [response.progress.step for response in responses if response.HasField("progress")]
+    assert steps == sorted(steps)
+    assert steps[-1] == 3
+    previews = [preview for r in responses if r.HasField("progress") for preview in r.progress.previews]
+    assert previews
+    assert Image.open(io.BytesIO(previews[0].data)).size == (32, 32)
+    images = [response.image for response in responses if response.HasField("image")]
+    assert [(image.index, image.seed) for image in images] == [(0, 7), (1, 8)]
+    done = responses[-1].done
+    assert (done.images, done.adapter, done.base_digest) == (2, "", runtime.base.digest)
+    assert 0 < done.queue_time.ToTimedelta().total_seconds() <= done.total_time.ToTimedelta().total_seconds()
+
+
+def test_the_same_request_gives_the_same_images_and_image_i_has_seed_plus_i(stubs):
+    first, again = drawn(generate(stubs, count=2, seed=3)), drawn(generate(stubs, count=2, seed=3))
+    alone = drawn(generate(stubs, seed=4))
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert np.array_equal(first[1], alone[0])
+    assert not np.array_equal(first[0], first[1])
+
+
+def test_defaults_are_those_of_server_info(stubs):
+    info = stubs.personalization.GetServerInfo(pb.GetServerInfoRequest(), timeout=DEADLINE)
+    defaults = info.generation_defaults
+    assert (defaults.width, defaults.steps, defaults.guidance_scale, defaults.seed) == (32, 25, 4.0, 0)
+    bare = list(stubs.personalization.Generate(pb.GenerateRequest(prompt=PROMPT), timeout=DEADLINE))
+    defaults.prompt = PROMPT
+    explicit = list(stubs.personalization.Generate(defaults, timeout=DEADLINE))
+    assert np.array_equal(drawn(bare)[0], drawn(explicit)[0])
+
+
+def test_every_setting_changes_the_image(stubs):
+    plain = drawn(generate(stubs))[0]
+    for change in (
+        {"prompt": "a red car"},
+        {"negative_prompt": "a red car"},
+        {"steps": 4},
+        {"guidance_scale": 1.0},
+        {"seed": 1},
+        {"sampler": pb.SAMPLER_EULER_ANCESTRAL},
+    ):
+        assert not np.array_equal(plain, drawn(generate(stubs, **change))[0]), change
+    assert drawn(generate(stubs, width=40, height=24))[0].shape == (24, 40, 3)
+
+
+def test_an_adapter_changes_the_image_by_its_scale_and_the_base_stays(stubs, runtime):
+    publish(runtime, "painter")
+    base = drawn(generate(stubs))[0]
+    responses = generate(stubs, adapter="tenants/local/adapters/painter")
+    adapted = drawn(responses)[0]
+    assert responses[-1].done.adapter == "tenants/local/adapters/painter@1"
+    assert responses[-1].done.adapter_digest.startswith("sha256:")
+    assert not np.array_equal(base, adapted)
+    half = drawn(generate(stubs, adapter="tenants/-/adapters/painter@1", adapter_scale=0.5))[0]
+    assert not np.array_equal(half, adapted)
+    assert np.array_equal(
+        base, drawn(generate(stubs, adapter="tenants/-/adapters/painter", adapter_scale=0.0))[0]
+    )
+    assert np.array_equal(base, drawn(generate(stubs))[0])
+
+
+def test_a_name_without_version_is_the_newest_version(stubs, runtime):
+    publish(runtime, "sculptor", seed=1)
+    publish(runtime, "sculptor", seed=2)
+    newest = generate(stubs, adapter="tenants/local/adapters/sculptor")
+    assert newest[-1].done.adapter == "tenants/local/adapters/sculptor@2"
+    assert generate(stubs, adapter="tenants/local/adapters/sculptor@1")[-1].done.adapter.endswith("@1")
+
+
+LONG = "a photo of a dog " * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "reason", "field"),
+    [
+        ({"prompt": ""}, "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
+        ({"prompt": " \n"}, "INVALID_ARGUMENT", "EMPTY_PROMPT", "prompt"),
+        ({"prompt": LONG}, "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt"),
+        ({"prompt": "dog " * 100_000}, "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "prompt"),
+        ({"negative_prompt": LONG}, "INVALID_ARGUMENT", "PROMPT_TOO_LONG", "negative_prompt"),
+        ({"prompt": "a photo of a <max> dog"}, "INVALID_ARGUMENT", "UNKNOWN_PLACEHOLDER", "prompt"),
+        ({"steps": 0}, "OUT_OF_RANGE", "STEPS_OUT_OF_RANGE", "steps"),
+        ({"steps": 151}, "OUT_OF_RANGE", "STEPS_OUT_OF_RANGE", "steps"),
+        ({"guidance_scale": float("nan")}, "INVALID_ARGUMENT", "INVALID_FIELD", "guidance_scale"),
+        ({"adapter_scale": 2.5}, "INVALID_ARGUMENT", "INVALID_FIELD", "adapter_scale"),
+        ({"width": 33}, "INVALID_ARGUMENT", "SIZE_NOT_SUPPORTED", "width"),
+        ({"height": 4096}, "INVALID_ARGUMENT", "SIZE_NOT_SUPPORTED", "height"),
+        ({"count": 17}, "INVALID_ARGUMENT", "INVALID_FIELD", "count"),
+        ({"count": 0}, "INVALID_ARGUMENT", "INVALID_FIELD", "count"),
+        ({"seed": 2**63}, "INVALID_ARGUMENT", "INVALID_FIELD", "seed"),
+        ({"sampler": 99}, "INVALID_ARGUMENT", "INVALID_FIELD", "sampler"),
+        ({"preview_interval": -1}, "INVALID_ARGUMENT", "INVALID_FIELD", "preview_interval"),
+        ({"adapter": "painter"}, "INVALID_ARGUMENT", "BAD_RESOURCE_NAME", "adapter"),
+        ({"adapter": "tenants/local/adapters/nobody"}, "NOT_FOUND", "ADAPTER_NOT_FOUND", None),
+        ({"adapter": "tenants/local/adapters/nobody@3"}, "NOT_FOUND", "ADAPTER_NOT_FOUND", None),
+    ],
+)
+def test_what_is_wrong_is_said(stubs, change, code, reason, field):
+    failure = failure_of(lambda: generate(stubs, **change))
+    assert (failure.code.name, failure.reason) == (code, reason)
+    assert len(failure.message) < 700
+    assert list(failure.fields) == ([field] if field else [])
+
+
+def test_a_long_prompt_says_what_would_be_cut(stubs):
+    prompt = "a photo of a dog and a cat and a car in the snow"
+    failure = failure_of(lambda: generate(stubs, prompt=f"{prompt} big toy"))
+    assert failure.metadata["limit"] == "14"
+    assert failure.metadata["cut"]
+    assert f"{prompt} big toy".endswith(failure.metadata["cut"])
+    assert failure.metadata["cut"] in failure.message
+
+
+def test_an_adapter_of_another_base_is_refused_with_both_digests(stubs, runtime):
+    publish(runtime, "stranger", base_digest="sha256:" + "0" * 64)
+    failure = failure_of(lambda: generate(stubs, adapter="tenants/local/adapters/stranger"))
+    assert (failure.code.name, failure.reason) == ("FAILED_PRECONDITION", "BASE_DIGEST_MISMATCH")
+    assert failure.metadata["expected"] == runtime.base.digest
+    assert failure.metadata["found"] == "sha256:" + "0" * 64
+
+
+def test_another_tenants_adapter_looks_exactly_like_an_absent_one(stubs, runtime):
+    publish(runtime, "theirs", tenant="rival")
+    answers = []
+    for tenant in ("rival", "local", "void"):
+        name = f"tenants/{tenant}/adapters/theirs@1"
+        failure = failure_of(lambda name=name: generate(stubs, adapter=name))
+        failure.metadata.pop("request_id")
+        answers.append((failure.code, failure.message, failure.reason, failure.metadata, failure.fields))
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][2] == "ADAPTER_NOT_FOUND"
+
+
+def test_a_large_image_is_cut_into_chunks_below_the_limit():
+    noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
+    chunks = image_chunks(5, 9, noise)
+    assert len(chunks) > 2
+    assert all(len(chunk.data) <= CHUNK_BYTES for chunk in chunks)
+    assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert np.array_equal(pictures(chunks)[5], noise)
+
+
+def busy(runtime, klass=TaskClass.INTERACTIVE) -> bool:
+    stats = runtime.engine.stats()
+    return bool(stats.waiting[klass] + stats.running[klass])
+
+
+def wait_until(condition, seconds=10.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def test_cancelling_the_call_stops_the_engine_at_its_next_step(stubs, runtime):
+    call = stubs.personalization.Generate(
+        pb.GenerateRequest(prompt=PROMPT, steps=150, count=16), timeout=DEADLINE
+    )
+    next(response for response in call if response.HasField("progress"))
+    ticks = runtime.engine.stats().ticks[TaskClass.INTERACTIVE]
+    call.cancel()
+    wait_until(lambda: not busy(runtime))
+    assert runtime.engine.stats().ticks[TaskClass.INTERACTIVE] - ticks < 60  # of 600
+    assert runtime.bank._pins == [0] * len(runtime.bank._pins)
+
+
+def test_a_deadline_stops_the_engine_too(stubs, runtime):
+    with pytest.raises(grpc.RpcError) as caught:
+        list(
+            stubs.personalization.Generate(
+                pb.GenerateRequest(prompt=PROMPT, steps=150, count=16), timeout=0.3
+            )
+        )
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    wait_until(lambda: not busy(runtime))
+
+
+# ---------------------------------------------------------------------------------------------- batch
+
+
+def batch(stubs, requests):
+    return stubs.personalization.GenerateBatch(iter(requests), timeout=DEADLINE)
+
+
+def item(name: str, **values) -> pb.GenerateBatchRequest:
+    return pb.GenerateBatchRequest(id=name, request={"prompt": PROMPT, "steps": 2, **values})
+
+
+def test_a_batch_answers_every_request_under_its_id_and_failures_alone(stubs):
+    requests = [item(f"r{i}", seed=i) for i in range(6)]
+    requests += [item("blank", prompt=" "), item("gone", adapter="tenants/-/adapters/nobody")]
+    chunks, done, errors = {}, set(), {}
+    for response in batch(stubs, requests):
+        match response.WhichOneof("result"):
+            case "image":
+                chunks.setdefault(response.id, []).append(response.image)
+            case "done":
+                assert response.id in chunks, "an image comes before the end of its request"
+                done.add(response.id)
+            case "error":
+                errors[response.id] = read_status(response.error).reason
+    assert done == {f"r{i}" for i in range(6)}
+    assert errors == {"blank": "EMPTY_PROMPT", "gone": "ADAPTER_NOT_FOUND"}
+    for i in range(6):
+        assert np.array_equal(pictures(chunks[f"r{i}"])[0], drawn(generate(stubs, steps=2, seed=i))[0])
+
+
+def test_quick_requests_overtake_slow_ones(stubs):
+    requests = [item("slow", steps=60), item("quick", steps=1)]
+    ends = [response.id for response in batch(stubs, requests) if response.HasField("done")]
+    assert ends == ["quick", "slow"]
+
+
+def test_no_more_requests_are_read_than_are_worked_on(stubs, server, monkeypatch):
+    """Flow control: what is not read stays with the transport, which slows the caller down."""
+    read = []
+    check = personalization._check_batch_id
+    monkeypatch.setattr(personalization, "_check_batch_id", lambda *args: read.append(args) or check(*args))
+    runtime, limit = server.server.runtime, server.settings.max_batch_in_flight
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "max_running", 0)  # nothing starts: nothing can finish
+        call = batch(stubs, [item(f"r{i}", steps=1) for i in range(20)])
+        wait_until(lambda: runtime.engine.stats().waiting[TaskClass.BATCH] == limit)
+        time.sleep(0.3)
+        assert len(read) == limit
+    ends = [response.id for response in call if response.HasField("done")]
+    assert sorted(ends) == sorted(f"r{i}" for i in range(20))
+
+
+@pytest.mark.parametrize("bad", ["", "x" * 129, "twin"])
+def test_an_id_that_cannot_be_answered_under_ends_the_call(stubs, runtime, bad):
+    first = "twin" if bad == "twin" else "fine"
+    failure = failure_of(lambda: batch(stubs, [item(first, steps=100), item(bad)]))
+    assert (failure.code.name, failure.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+    assert list(failure.fields) == ["id"]
+    wait_until(lambda: not busy(runtime, TaskClass.BATCH))
+
+
+def test_an_empty_batch_ends_at_once(stubs):
+    assert list(batch(stubs, [])) == []
+
+
+def test_a_batch_waits_while_the_queue_is_full(stubs, runtime, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "max_queue", 1)
+    monkeypatch.setattr(runtime.engine, "max_running", 1)
+    ends = {
+        response.id
+        for response in batch(stubs, [item(f"r{i}") for i in range(6)])
+        if response.HasField("done")
+    }
+    assert ends == {f"r{i}" for i in range(6)}
+
+
+def test_interactive_calls_are_refused_with_a_pause_when_the_queue_is_full(stubs, runtime, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "max_queue", 0)
+    failure = failure_of(lambda: generate(stubs))
+    assert (failure.code.name, failure.reason, failure.retry) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL", True)
