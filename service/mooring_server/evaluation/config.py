@@ -147,9 +147,10 @@ class EvaluationConfig:
                 remedy=f"Known fields: {', '.join(sorted(known))}.",
                 fields=[FieldViolation(name, "is not known") for name in unknown],
             )
-        return EvaluationConfig(
-            **{key: tuple(value) if key in _TUPLES else value for key, value in content.items()}
-        )
+        values: dict[str, Any] = {
+            key: tuple(value) if key in _TUPLES else value for key, value in content.items()
+        }
+        return EvaluationConfig(**values)
 
 
 _TUPLES = ("prompts", "generic_prompts", "seeds")

@@ -65,8 +65,9 @@ def bootstrap_ratio(
     Returns:
         (ratio, low, high).
     """
-    labels, index = clusters.unique(return_inverse=True)
-    count = int(labels.numel())
+    place = {label: i for i, label in enumerate(dict.fromkeys(clusters.tolist()))}
+    index = torch.tensor([place[label] for label in clusters.tolist()])
+    count = len(place)
     sums = torch.zeros(2, count, dtype=torch.float64)
     sums[0].index_add_(0, index, numerator.double().cpu())
     sums[1].index_add_(0, index, denominator.double().cpu())

@@ -57,14 +57,15 @@ class Judges:
         from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 
         clip_path, dino_path = Path(clip_dir), Path(dino_dir)
-        local = {"local_files_only": True}
+        local: Any = {"local_files_only": True}
+        processors: Any = AutoImageProcessor
         with _named(clip_path, "a CLIPModel with its tokenizer and preprocessor_config.json"):
-            clip = CLIPModel.from_pretrained(clip_path, **local)
+            clip: Any = CLIPModel.from_pretrained(clip_path, **local)
             tokenizer = CLIPTokenizer.from_pretrained(clip_path, **local)
-            clip_processor = AutoImageProcessor.from_pretrained(clip_path, backend="pil", **local)
+            clip_processor = processors.from_pretrained(clip_path, backend="pil", **local)
         with _named(dino_path, "a ViTModel or Dinov2Model with its preprocessor_config.json"):
-            vit = AutoModel.from_pretrained(dino_path, **local)
-            vit_processor = AutoImageProcessor.from_pretrained(dino_path, backend="pil", **local)
+            vit: Any = AutoModel.from_pretrained(dino_path, **local)
+            vit_processor = processors.from_pretrained(dino_path, backend="pil", **local)
         return Judges(
             clip=clip.float().eval().requires_grad_(requires_grad=False).to(device),
             tokenizer=tokenizer,

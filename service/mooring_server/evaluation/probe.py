@@ -367,7 +367,7 @@ class DriftProbe:
             generic=share(~from_class),
             class_=share(from_class),
             points=int(per_point.numel()),
-            prompts=int(which.unique().numel()),
+            prompts=len(set(which.tolist())),
             probe_digest=self.digest,
             adapter_scale=scale,
         )
@@ -431,7 +431,7 @@ def _guided_samples(
     """Latents [B,C,H,W] of guided DDIM from the given noise, one step a tick."""
     scheduler = base.base.new_scheduler("ddim")
     scheduler.set_timesteps(steps)
-    latents = noise * scheduler.init_noise_sigma
+    latents: Tensor = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         rows = timestep.to(latents.device).expand(2 * len(latents))
         prediction = base.raw(torch.cat([latents, latents]), rows, conditional_and_empty)
