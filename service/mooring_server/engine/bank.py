@@ -85,8 +85,12 @@ class AdapterBank:
         self._active: _Active | None = None
         self._resident: OrderedDict[str, int] = OrderedDict()  # digest → slot, least recently used first
         self._pins = [0] * slots
-        for name, module in modules.items():
-            module.register_forward_hook(self._hook(name))
+        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
+
+    def close(self) -> None:
+        """Take the hooks off the base's layers again."""
+        for hook in self._hooks:
+            hook.remove()
 
     # ------------------------------------------------------------------ slots
 

@@ -98,7 +98,7 @@ class PromptTokenizer:
             tokens.spans.append((start + left, start + right))
             if token == self._unknown:
                 word = _word_at(prompt, start + left)
-                if word not in tokens.unknown:
+                if word and word not in tokens.unknown:
                     tokens.unknown.append(word)
 
 
@@ -126,4 +126,4 @@ def _word_at(prompt: str, position: int) -> str:
     for match in _WORD.finditer(prompt):
         if match.start() <= position < match.end():
             return match.group()
-    return prompt[position : position + 1]
+    return ""  # punctuation
