@@ -46,6 +46,7 @@ from mooring_server.engine.engine import Engine
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
+from mooring_server.evaluation.prompts import readable
 from mooring_server.jobs.runner import GENERIC_PROMPTS, JobRunner, RunnerSettings
 from mooring_server.rpc.adapter_cache import AdapterCache
 from mooring_server.rpc.adapters import AdapterServicer
@@ -243,8 +244,8 @@ class Server:
             observer=observer,
         )
         judges = _judges(settings, packaged=packaged)
-        generic = tuple(dinghy.generic_prompts(_GENERIC_PROMPTS)) if packaged else GENERIC_PROMPTS
-        scenes = tuple(dinghy.new_scene_prompts("{}")) if packaged else NEW_SCENES
+        generic = dinghy.generic_prompts(_GENERIC_PROMPTS) if packaged else readable(base, GENERIC_PROMPTS)
+        scenes = dinghy.new_scene_prompts("{}") if packaged else readable(base, NEW_SCENES)
         cache = AdapterCache(
             objects,
             base,
@@ -262,9 +263,8 @@ class Server:
             judges,
             RunnerSettings(
                 lease_seconds=settings.lease_seconds,
-                drain_seconds=settings.drain_seconds / 2,
-                generic_prompts=generic,
-                scene_prompts=scenes,
+                generic_prompts=tuple(generic),
+                scene_prompts=tuple(scenes),
             ),
             observer=observer,
         )
@@ -283,8 +283,8 @@ class Server:
             adapters=cache,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
-            generic_prompts=generic,
-            scene_prompts=scenes,
+            generic_prompts=tuple(generic),
+            scene_prompts=tuple(scenes),
             version=self._version,
         )
 

@@ -6,11 +6,14 @@ import json
 import time
 from collections.abc import Sequence
 
+from PIL import Image
+
 from mooring_server.engine.adapters import AdapterWeights, from_safetensors
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.policy import TaskClass
 from mooring_server.errors import MooringError, Reason
+from mooring_server.evaluation import report
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.evaluate import EvaluationCache, EvaluationProgress, evaluate
 from mooring_server.evaluation.judges import Judges
@@ -87,7 +90,7 @@ class EvaluateJob:
             ),
             TaskClass.EVALUATION,
         )
-        artifacts = _artifacts(session, result, title=spec["adapter"] or "base")
+        artifacts = _artifacts(session, result, photos, title=spec["adapter"] or "base")
         document: Document = {
             "evaluation": artifacts[0]["object_key"],
             "artifacts": artifacts,
@@ -121,10 +124,10 @@ class _Clock:
         )
 
 
-def _artifacts(session: JobSession, result: EvaluationResult, *, title: str) -> list[Document]:
+def _artifacts(
+    session: JobSession, result: EvaluationResult, photos: Sequence[Image.Image], *, title: str
+) -> list[Document]:
     """Store every file; the first is evaluation.json, whose pairs name their pictures' files."""
-    from mooring_server.evaluation import report
-
     content = finite(result.to_json(images=False))
     pictures = []
     for index, (pair, entry) in enumerate(zip(result.pairs, content["pairs"], strict=True)):
@@ -132,10 +135,10 @@ def _artifacts(session: JobSession, result: EvaluationResult, *, title: str) -> 
             if pixels is not None:
                 entry[field] = f"pairs/{index:04d}-{'base' if field == 'base_image' else 'adapted'}.png"
                 pictures.append(session.put_artifact(entry[field], "image/png", png(pixels)))
-    page = report.render([(title, result)]).encode()
+    page = report.render([(title, result)], photos=photos, title=f"Evaluation of {title}").encode()
     return [
         session.put_artifact("evaluation.json", "application/json", json.dumps(content).encode()),
         session.put_artifact("report.html", "text/html", page),
-        session.put_artifact("grid.png", "image/png", png(report.grid([(title, result)]))),
+        session.put_artifact("grid.png", "image/png", png(report.grid([(title, result)], photos=photos))),
         *pictures,
     ]

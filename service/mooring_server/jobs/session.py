@@ -37,7 +37,6 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 MAX_PREVIEW_SIDE = 256
-CHECKPOINTED_PHASE = "training"
 _RETRY_SECONDS = 1.0
 
 
@@ -116,22 +115,19 @@ class JobSession:
         self._folder = f"jobs/{job.job_id}"
         self._news = threading.Event()
         self._ended = threading.Event()
+        self._wake = threading.Event()
         self._lock = threading.Lock()
         self._stop: Stop | None = None
         self._handle: Handle[Any] | None = None
         self._progress: Document | None = None
         self._previews: list[tuple[int, int, Pixels]] = []
         self._checkpoint: bytes | None = None
-        self._phase = ""
-        self._drain_by: float | None = None
-        self._drained = False
         self._phase_written = ""
         self._written = -math.inf
         self._heart = threading.Thread(target=self._beat, name=f"lease-{job.job_id[:8]}", daemon=True)
         self._unsubscribe: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
-        self._wake = threading.Event()
         self._unsubscribe = self.store.subscribe(self._changed)
         self._heart.start()
         return self
@@ -142,29 +138,16 @@ class JobSession:
         self._wake.set()
         self._heart.join()
 
-    @property
-    def stop_reason(self) -> Stop | None:
-        """Why the job was told to stop, if it was."""
-        return self._stop
-
     def stop(self, reason: Stop) -> None:
-        """Tell the job to stop at its next step; the first reason counts."""
+        """Tell the job to stop at its next tick; the first reason counts.
+
+        A closed training saves its state before it ends, so that a drained one loses no step.
+        """
         with self._lock:
             self._stop = self._stop or reason
             handle = self._handle
         if handle is not None:
             handle.cancel()
-
-    def drain(self, grace_seconds: float) -> None:
-        """Tell the job to stop, but in a phase that can be resumed only after it saved its state.
-
-        Args:
-            grace_seconds: how long it may take to the next state worth saving.
-        """
-        with self._lock:
-            grace = grace_seconds if self._phase == CHECKPOINTED_PHASE else 0.0
-            self._drain_by = time.monotonic() + grace
-        self._news.set()
 
     # -- called on the job's thread ------------------------------------------------------------------------
 
@@ -189,8 +172,6 @@ class JobSession:
                 self._news.wait(self._timing.poll)
                 self._news.clear()
                 self._write_notes()
-                if self._drain_by is not None and (self._drained or time.monotonic() >= self._drain_by):
-                    self.stop(Stop.DRAINING)
             self._write_notes(final=True)
             return self._result_of(handle)
         finally:
@@ -231,7 +212,7 @@ class JobSession:
         """Note the newest progress; previews are kept until they are written, progress only if newest."""
         step = int(progress.get("step", 0))
         with self._lock:
-            self._progress, self._phase = progress, str(progress.get("phase"))
+            self._progress = progress
             self._previews += [(step, index, pixels) for index, pixels in enumerate(previews)]
         if previews or progress.get("phase") != self._phase_written:
             self._news.set()
@@ -247,12 +228,7 @@ class JobSession:
         """Note a checkpoint (training's CheckpointStore); the newest one is written soon after."""
         with self._lock:
             self._checkpoint = data
-            self._drained = self._drain_by is not None
         self._news.set()
-
-    def wanted(self) -> bool:
-        """Whether a checkpoint should be saved at the next chance: the server is about to stop."""
-        return self._drain_by is not None and not self._drained
 
     # -- the rest ------------------------------------------------------------------------------------------
 
