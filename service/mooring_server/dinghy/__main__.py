@@ -134,6 +134,38 @@ def figures(
 
 
 @app.command()
+def curves(
+    out: Annotated[str, typer.Option(help="Folder for the drawings.")] = "docs/images",
+) -> None:
+    """Draw the learning curves of every run in the cache."""
+    from . import sources
+    from .curves import draw, read_log
+
+    cache, folder = sources.cache_dir(), Path(out)
+    base = {n: read_log(cache / n / "log.jsonl") for n in ("t2i", "t2i-decay") if (cache / n).exists()}
+    draw(base, folder / "dinghy-curve-t2i.png", "text-to-image: weighted v loss against samples")
+    rest = {n: read_log(cache / n / "log.jsonl") for n in ("vae", "clip", "dino") if (cache / n).exists()}
+    draw(rest, folder / "dinghy-curve-others.png", "codec and judges: loss against samples")
+
+
+@app.command()
+def personalise(
+    names: Annotated[list[str], typer.Argument(help="Held-out subjects, by name.")],
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 400,
+    out: Annotated[str, typer.Option(help="The sheet to write.")] = "docs/images/dinghy-personalised.png",
+    feed_forward: Annotated[bool, typer.Option(help="Adapt the feed-forward layers as well.")] = True,
+    threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
+) -> None:
+    """Train a plain LoRA on shipped subjects and draw them in scenes that their photos do not show."""
+    import torch
+
+    from .personalise import sheet
+
+    torch.set_num_threads(threads)
+    sheet(names, Path(out), steps=steps, feed_forward=feed_forward)
+
+
+@app.command()
 def train(
     minutes: Annotated[float, typer.Option(help="Minutes for the text-to-image model in this call.")] = 60.0,
     decay_minutes: Annotated[float, typer.Option(help="Length of the closing decay.")] = 20.0,

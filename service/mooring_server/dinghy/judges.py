@@ -129,7 +129,7 @@ def train_clip(minutes: float, call_minutes: float | None = None, batch: int = 1
 
 
 def build_vit() -> Any:
-    """Dinov2Model: 64 px in patches of 8, width 192, four layers; features are ``last_hidden_state[:, 0]``."""
+    """Dinov2Model: 64 px in patches of 8, width 192, four layers; the feature is the class token."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(

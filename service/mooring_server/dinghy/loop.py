@@ -78,8 +78,11 @@ def append_log(path: Path, line: dict[str, Any]) -> None:
 
 @dataclass
 class Plan:
-    """Length and rates of a run; ``minutes`` counts the process's own processor time
-    over all interruptions: on a shared machine the clock on the wall says nothing about the work done."""
+    """Length and rates of a run.
+
+    ``minutes`` counts the process's own processor time over all interruptions: on a shared
+    machine the clock on the wall says nothing about the work done.
+    """
 
     minutes: float
     muon_lr: float = 0.01

@@ -101,7 +101,7 @@ def train_lora(
 
 
 def sheet(names: list[str], out: Path, *, steps: int = 400, feed_forward: bool = True) -> list[Pictures]:
-    """For each subject a row of photos and a row of new scenes; written to ``out``. Returns the new scenes."""
+    """For each subject a row of photos above a row of new scenes, written to ``out``; returns the latter."""
     rows, results = [], []
     for name in names:
         one = subject(name)
