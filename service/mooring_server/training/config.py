@@ -147,7 +147,7 @@ class TrainConfig:
         need(self.targets in get_args(Targets), "targets", f"must be one of {get_args(Targets)}")
         need(self.framing in get_args(Framing), "framing", f"must be one of {get_args(Framing)}")
         if self.budget is not None:
-            within("budget", 1e-4, 10.0)
+            within("budget", 1e-6, 1e6)
             if not self.method.penalised:
                 found.append(("budget", f"cannot be kept by method '{self.method}', which has no penalty"))
             elif self.strength is not None:

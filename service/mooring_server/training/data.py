@@ -170,7 +170,7 @@ def cache_latents(
         pixels = torch.cat([variants(p, base.native_size, config, first + k) for k, p in enumerate(chunk)])
         latents.append(base.encode_images(pixels))
         yield
-    return torch.cat(latents)
+    return torch.cat(latents).contiguous()
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int, purpose: str = "batch") -> list[int]:

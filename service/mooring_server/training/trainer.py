@@ -131,11 +131,14 @@ def train(
     config.validate()
     _require_targets(bank, config)
     run = _Run(base, bank, config, class_noun, placeholder, tuple(generic_prompts), checkpoint, on_progress)
-    run.slot = bank.training_slot(rank=config.rank, seed=config.seed)
+    run.slot = bank.training_slot(rank=config.rank, seed=config.seed, targets=config.targets)
     try:
         yield from run.prepare(photos)
-        while run.step < config.steps:
-            yield from run.advance()
+        try:
+            yield from run.optimise()
+        except GeneratorExit:  # cancelled or drained: nothing that was learnt is lost
+            run.save()
+            raise
         return (yield from run.finish())
     finally:
         run.slot.close()
@@ -143,7 +146,7 @@ def train(
 
 @dataclass
 class _Run:
-    """The state of one run; `prepare`, then `advance` per step, then `finish`."""
+    """The state of one run; `prepare`, `optimise`, `finish`."""
 
     base: BaseModel
     bank: AdapterBank
@@ -154,6 +157,7 @@ class _Run:
     checkpoints: CheckpointStore
     on_progress: Callable[[TrainProgress], None]
     step: int = 0
+    unfinished: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     controller: BudgetController | None = None
     slot: TrainingSlot = field(init=False)
@@ -178,11 +182,6 @@ class _Run:
     def prepare(self, photos: Sequence[Image.Image]) -> Generator[None, None, None]:
         config = self.config
         self._report("caching")
-        wanted = adaptable_layers(self.base, config.targets)
-        with torch.no_grad():
-            for name, (a, _) in self.slot.params.items():
-                if name not in wanted:
-                    a.zero_()  # A and B both zero: the layer's gradients are products of zeros
         self.adam = FlatAdam.create(self.slot.flat)
         self.embedding = PlaceholderEmbedding(
             self.base, self.placeholder, self.class_noun, learn=config.learn_embedding
@@ -225,10 +224,11 @@ class _Run:
         )
         latents = []
         for chunk in torch.split(images, 16):
-            pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            # contiguous: strides choose the convolution's algorithm, and a checkpoint does not keep them
+            pixels = chunk.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
             latents.append(self.base.encode_images(pixels))
             yield
-        self.prior_latents = torch.cat(latents)
+        self.prior_latents = torch.cat(latents).contiguous()
 
     def _identity(self, photos: Sequence[Image.Image]) -> str:
         """Digest of everything the result is a function of."""
@@ -251,13 +251,24 @@ class _Run:
 
     # ------------------------------------------------------------------ steps
 
-    def advance(self) -> Generator[None, None, None]:
-        """One optimiser step, and what is due after it."""
-        started = time.perf_counter()
-        self._optimise()
-        self._smooth_seconds(time.perf_counter() - started)
-        self.step += 1
-        yield
+    def optimise(self) -> Generator[None, None, None]:
+        """All steps that are left, each with what is due after it.
+
+        `unfinished` marks a step whose measurement is still to come: a checkpoint taken there resumes with
+        the measurement, so that λ has the same history as without the interruption.
+        """
+        if self.unfinished:
+            yield from self._after_step()
+        while self.step < self.config.steps:
+            started = time.perf_counter()
+            self._descend()
+            self._smooth_seconds(time.perf_counter() - started)
+            self.step += 1
+            self.unfinished = True
+            yield
+            yield from self._after_step()
+
+    def _after_step(self) -> Generator[None, None, None]:
         due = self.step % self.config.probe_every == 0
         if due:
             yield from self._measure()
@@ -266,11 +277,16 @@ class _Run:
             previews = yield from self._previews()
         if due or previews or self.step == self.config.steps:
             self._report("training", previews=previews)
-        if self.step % self.config.checkpoint_every == 0 and self.step < self.config.steps:
-            self.checkpoints.save(self._checkpoint().to_bytes())
+        self.unfinished = False
+        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
+            self.save()
             yield
 
-    def _optimise(self) -> None:
+    def save(self) -> None:
+        """Save a checkpoint of this moment."""
+        self.checkpoints.save(self._checkpoint().to_bytes())
+
+    def _descend(self) -> None:
         config, slot = self.config, self.slot
         rows = batch_indices(len(self.latents), config.batch_size, config.seed, self.step)
         latents = self.latents[rows]
@@ -418,6 +434,7 @@ class _Run:
             "averages": self.averages,
             "correction": self.gauge.correction,
             "drift": self.drift,
+            "unfinished": self.unfinished,
             "history": self.history,
             "controller": None if self.controller is None else self.controller.state_dict(),
         }
@@ -440,6 +457,7 @@ class _Run:
         self.averages = dict(saved.scalars["averages"])
         self.correction = float(saved.scalars["correction"])
         self.drift = saved.scalars["drift"]
+        self.unfinished = bool(saved.scalars["unfinished"])
         self.history = list(saved.scalars["history"])
         if saved.scalars["controller"] is not None:
             self.controller = BudgetController.from_state(saved.scalars["controller"])
