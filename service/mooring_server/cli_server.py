@@ -160,10 +160,15 @@ def _find_or_start(folder: Path, base: str, environment: Mapping[str, str]) -> R
     return running
 
 
+def server_command(folder: Path, base: str) -> list[str]:
+    """The command line of an embedded server."""
+    command = [sys.executable, "-m", "mooring_server", "serve", "--embedded", "--state-dir", str(folder)]
+    return [*command, "--base", base] if base else command
+
+
 def _start(folder: Path, base: str, environment: Mapping[str, str]) -> RunningServer:
     log_path = folder / "server.log"
-    command = [sys.executable, "-m", "mooring_server", "serve", "--embedded", "--state-dir", str(folder)]
-    command += ["--base", base] if base else []
+    command = server_command(folder, base)
     variables = {**os.environ, "MOORING_LISTEN": "127.0.0.1:0", "MOORING_METRICS_LISTEN": "", **environment}
     with log_path.open("ab") as log:
         offset = log.tell()
