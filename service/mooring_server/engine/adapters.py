@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mooring_server.engine.model import BaseModel
 
 FORMAT = "mooring.adapter.v1"
+HEADER_KEY = "mooring"
+"""The entry of the safetensors metadata that holds our header, as JSON."""
+
 MAX_ADAPTER_BYTES = 512 * 2**20
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_HEADER_BYTES = 8 * 2**20
@@ -100,6 +103,16 @@ class AdapterWeights:
         return "sha256:" + digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What an adapter file says about itself."""
+
+    format: str
+    base_digest: str
+    placeholders: list[str]
+    metadata: dict[str, str]
+
+
 def layer_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
     """Every layer of the base that an adapter may change → (out, in)."""
     return {
@@ -133,15 +146,15 @@ def to_safetensors(weights: AdapterWeights) -> bytes:
     """Serialise an adapter (inverse: `from_safetensors`); equal weights and metadata give equal bytes."""
     from safetensors.torch import save
 
-    placeholders = sorted(weights.embeddings.tokens) if weights.embeddings else []
     header = {
         "format": FORMAT,
         "base_digest": weights.base_digest,
         "digest": weights.digest,
-        "placeholders": json.dumps(placeholders),
-        "metadata": json.dumps(dict(weights.metadata), sort_keys=True),
+        "placeholders": sorted(weights.embeddings.tokens) if weights.embeddings else [],
+        "metadata": dict(weights.metadata),
     }
-    return bytes(save(_tensors(weights), metadata=header))
+    # one metadata entry: safetensors writes several of them in an order that differs from call to call
+    return bytes(save(_tensors(weights), metadata={HEADER_KEY: json.dumps(header, sort_keys=True)}))
 
 
 def from_safetensors(
@@ -161,17 +174,16 @@ def from_safetensors(
     """
     if len(data) > max_bytes:
         raise _unmatched(f"The file has {len(data)} bytes; adapters may have {max_bytes}.")
-    entries, header = _read_header(data)
-    if header.get("format") != FORMAT:
-        raise _unmatched(f"The file's format is {header.get('format', 'not stated')}, not {FORMAT}.")
-    if header.get("base_digest") != base.digest:
+    entries, metadata = _read_header(data)
+    header = _header(metadata.get(HEADER_KEY))
+    if header.base_digest != base.digest:
         raise MooringError(
             Reason.BASE_DIGEST_MISMATCH,
-            f"The adapter was trained on base {header.get('base_digest')}, this server runs {base.digest}.",
+            f"The adapter was trained on base {header.base_digest}, this server runs {base.digest}.",
             remedy="Train it again on this base, or serve the base it belongs to.",
-            metadata={"expected": base.digest, "found": str(header.get("base_digest"))},
+            metadata={"expected": base.digest, "found": header.base_digest},
         )
-    placeholders = _placeholders(header)
+    placeholders = header.placeholders
     ranks = _check_entries(entries, base, placeholders)
     rank = max(ranks.values(), default=0)
     if max_rank is not None and rank > max_rank:
@@ -196,7 +208,7 @@ def from_safetensors(
             for layer in ranks
         },
         embeddings=LearnedEmbeddings(embeddings) if embeddings else None,
-        metadata=_user_metadata(header),
+        metadata=header.metadata,
     )
 
 
@@ -339,26 +351,25 @@ def _check_entries(
     return {layer: found["A"] for layer, found in ranks.items()}
 
 
-def _placeholders(header: Mapping[str, str]) -> list[str]:
+def _header(text: str | None) -> _Header:
+    """Parse and check our metadata entry."""
+    if text is None:
+        raise _unmatched(f"The file carries no “{HEADER_KEY}” metadata, so it is no adapter of Mooring's.")
     try:
-        names = json.loads(header.get("placeholders", "[]"))
-    except ValueError as error:
-        raise _unmatched(f"The list of placeholders is damaged: {error}.") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise _unmatched("The list of placeholders is damaged.")
-    if len(set(names)) != len(names):
-        raise _unmatched("A placeholder is listed twice.")
-    return names
-
-
-def _user_metadata(header: Mapping[str, str]) -> dict[str, str]:
-    try:
-        found = json.loads(header.get("metadata", "{}"))
-    except ValueError as error:
-        raise _unmatched(f"The metadata is damaged: {error}.") from error
-    if not isinstance(found, dict):
-        raise _unmatched("The metadata is damaged.")
-    return {str(key): str(value) for key, value in found.items()}
+        document = json.loads(text)
+        found = _Header(
+            str(document["format"]),
+            str(document["base_digest"]),
+            [str(name) for name in document["placeholders"]],
+            {str(key): str(value) for key, value in document["metadata"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unmatched(f"The file's metadata is damaged: {error!r}.") from error
+    if found.format != FORMAT:
+        raise _unmatched(f"The file's format is {found.format}, not {FORMAT}.")
+    if len(set(found.placeholders)) != len(found.placeholders) or not all(map(str.strip, found.placeholders)):
+        raise _unmatched("The file's list of placeholders is damaged.")
+    return found
 
 
 def _listed(names: Sequence[str]) -> str:
