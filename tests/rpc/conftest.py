@@ -1,4 +1,4 @@
-"""A real server on the tiny base."""
+"""A real server on the tiny base, with tiny judges."""
 
 from __future__ import annotations
 
@@ -9,12 +9,27 @@ import pytest
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.server import EmbeddedServer
 from rpc_calls import Stubs, settings_for
+from tiny_judges import save_tiny_clip, save_tiny_vit
+from transformers import CLIPTokenizer
 
 
 @pytest.fixture(scope="session")
-def server(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def tiny_judges(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings that name tiny judges."""
+    root = tmp_path_factory.mktemp("judges")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd15 / "tokenizer")
+    return {
+        "clip_judge": str(save_tiny_clip(root / "clip", tokenizer)),
+        "dino_judge": str(save_tiny_vit(root / "dino")),
+    }
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_sd15: Path, tiny_judges: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EmbeddedServer]:
     """One server for all tests that only call it."""
-    settings = settings_for(tiny_sd15, tmp_path_factory.mktemp("state"), max_batch_in_flight=4)
+    settings = settings_for(tiny_sd15, tmp_path_factory.mktemp("state"), max_batch_in_flight=4, **tiny_judges)
     with EmbeddedServer(settings, metrics=True) as running:
         yield running
 

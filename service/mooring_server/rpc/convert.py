@@ -12,6 +12,7 @@ from mooring.v1 import adapter_pb2, evaluation_pb2, job_pb2, media_pb2, subject_
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import names, status
 from mooring_server.storage.models import Adapter, Document, Job, JobEvent, JobState, Photo, Subject
+from mooring_server.training.config import TrainConfig
 
 KINDS: Mapping[str, job_pb2.JobKind.ValueType] = {
     "train": job_pb2.JOB_KIND_TRAIN,
@@ -296,7 +297,8 @@ def artifact(document: Document) -> job_pb2.Artifact:
 
 
 def training_config(document: Mapping[str, Any]) -> training_pb2.TrainingConfig:
-    """A training configuration, complete, from `TrainConfig.to_json`."""
+    """A training configuration from `TrainConfig.to_json`; what an older server did not know is default."""
+    document = {**TrainConfig().to_json(), **document}
     made = training_pb2.TrainingConfig(
         method=training_pb2.TrainingMethod.Value(f"TRAINING_METHOD_{document['method'].upper()}"),
         targets=training_pb2.TrainingTargets.Value(f"TRAINING_TARGETS_{_TARGETS[document['targets']]}"),
