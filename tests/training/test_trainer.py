@@ -13,6 +13,7 @@ from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import load_base
 from mooring_server.errors import MooringError, Reason
 from mooring_server.training import Method, TrainConfig, train
+from mooring_server.training.checkpoint import Checkpoint
 from PIL import Image
 
 GENERIC = ["a cat in the desert", "a car on grass", "a pizza on wood", "a red drum"]
@@ -28,6 +29,7 @@ class Memory:
     def __init__(self, data=None):
         self.data = data
         self.saves = []
+        self.now = False
 
     def load(self):
         return self.data
@@ -35,6 +37,10 @@ class Memory:
     def save(self, data):
         self.data = data
         self.saves.append(data)
+        self.now = False
+
+    def wanted(self):
+        return self.now
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +151,20 @@ def test_resume_after_a_kill_uses_the_periodic_checkpoint(base, bank, photos):
     for data in store.saves:  # as if the process had died right after each save
         resumed = finish(start(base, bank, photos, QUICK, store=Memory(data)))
         assert resumed.weights.digest == whole.weights.digest
+
+
+def test_a_wanted_checkpoint_loses_no_step(base, bank, photos):
+    whole = finish(start(base, bank, photos, QUICK))
+    store = Memory()
+    run = start(base, bank, photos, QUICK, store=store)
+    while not store.saves:
+        next(run)
+    store.now = True
+    while store.now:
+        next(run)
+    run.close()
+    assert Checkpoint.from_bytes(store.data).step == QUICK.checkpoint_every + 1
+    assert finish(start(base, bank, photos, QUICK, store=store)).weights.digest == whole.weights.digest
 
 
 def test_another_task_between_ticks_changes_nothing(base, bank, photos):

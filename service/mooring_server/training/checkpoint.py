@@ -31,6 +31,10 @@ class CheckpointStore(Protocol):
         """Replace the checkpoint."""
         ...
 
+    def wanted(self) -> bool:
+        """Whether a checkpoint is wanted after this step, whatever its number (the server is draining)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -19,6 +19,7 @@ from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.base import BaseModel
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.design import counter_generator
+from mooring_server.evaluation.prompts import readable
 from mooring_server.training.config import Framing, TrainConfig
 
 SUBJECT_TEMPLATES = (
@@ -29,59 +30,23 @@ SUBJECT_TEMPLATES = (
 )
 """Training prompts; {subject} is "placeholder class-noun". They say nothing about the surroundings."""
 
-CLASS_TEMPLATES = (
-    "a photo of {article} {subject}",
-    "a picture of {article} {subject}",
-    "a drawing of {article} {subject}",
-    "{article} {subject}",
-)
-"""Prompts of the bare class: for class images and for the class half of the drift probe."""
-
 MAX_SHIFT = 0.06
 """Largest shift of a variant, as a share of the side."""
 ZOOM = (0.92, 1.1)
 ENCODE_ROWS = 16
 
-_VOWELS = frozenset("aeio")
-
-
-def article(word: str) -> str:
-    """The indefinite article, by spelling: good enough for captions."""
-    return "an" if word[:1].lower() in _VOWELS else "a"
-
 
 def subject_prompts(
     base: BaseModel, placeholder: str, class_noun: str, learned: LearnedEmbeddings | None
 ) -> list[str]:
-    """Training prompts of the subject that the base reads in full.
-
-    A base with a small vocabulary lists the words it was trained on; templates with other words are left
-    out, unless nothing would remain.
+    """Training prompts of the subject that the base reads in full; see `readable`.
 
     Raises:
         MooringError: PROMPT_TOO_LONG when even the shortest template does not fit.
     """
     noun = f"{placeholder} {class_noun}"
     prompts = [t.format(article="a", subject=noun) for t in SUBJECT_TEMPLATES]
-    return _readable(base, prompts, class_noun, placeholder, learned)
-
-
-def class_prompts(base: BaseModel, class_noun: str) -> list[str]:
-    """Prompts of the bare class that the base reads in full; see `subject_prompts`."""
-    prompts = [t.format(article=article(class_noun), subject=class_noun) for t in CLASS_TEMPLATES]
-    return _readable(base, prompts, class_noun, "", None)
-
-
-def _readable(
-    base: BaseModel, prompts: list[str], class_noun: str, placeholder: str, learned: LearnedEmbeddings | None
-) -> list[str]:
-    of_subject = {*class_noun.lower().split(), placeholder.lower()}
-    checks = {prompt: base.check_prompt(prompt, learned) for prompt in prompts}
-    fitting = [prompt for prompt, check in checks.items() if not check.cut]
-    if not fitting:
-        base.require_prompt_fits(prompts[-1], learned, field="class_noun")
-    known = [p for p in fitting if not {w.lower() for w in checks[p].unknown_words} - of_subject]
-    return known or fitting
+    return readable(base, prompts, known=[*class_noun.split(), placeholder], embeddings=learned)
 
 
 def square(photo: Image.Image, size: int, framing: Framing) -> Image.Image:

@@ -26,11 +26,12 @@ from mooring_server.engine.base import BaseModel, PromptEmbeds
 from mooring_server.engine.sampling import SampleRow, sample
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation.probe import DriftProbe, DriftResult
+from mooring_server.evaluation.prompts import class_prompts
 from mooring_server.training.budget import BudgetController
 from mooring_server.training.checkpoint import Checkpoint, CheckpointStore, not_usable
 from mooring_server.training.config import Method, TrainConfig
 from mooring_server.training.control import DriftGauge, back_off, calibration_steps
-from mooring_server.training.data import batch_indices, cache_latents, class_prompts, subject_prompts
+from mooring_server.training.data import batch_indices, cache_latents, subject_prompts
 from mooring_server.training.objectives import denoising_loss, draw
 from mooring_server.training.optimiser import FlatAdam, clip_, schedule
 from mooring_server.training.placeholder import PlaceholderEmbedding
@@ -134,11 +135,8 @@ def train(
     run.slot = bank.training_slot(rank=config.rank, seed=config.seed, targets=config.targets)
     try:
         yield from run.prepare(photos)
-        try:
-            yield from run.optimise()
-        except GeneratorExit:  # cancelled or drained: nothing that was learnt is lost
-            run.save()
-            raise
+        while run.step < config.steps:
+            yield from run.advance()
         return (yield from run.finish())
     finally:
         run.slot.close()
@@ -146,7 +144,7 @@ def train(
 
 @dataclass
 class _Run:
-    """The state of one run; `prepare`, `optimise`, `finish`."""
+    """The state of one run; `prepare`, `advance` per step, `finish`."""
 
     base: BaseModel
     bank: AdapterBank
@@ -157,7 +155,6 @@ class _Run:
     checkpoints: CheckpointStore
     on_progress: Callable[[TrainProgress], None]
     step: int = 0
-    unfinished: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     controller: BudgetController | None = None
     slot: TrainingSlot = field(init=False)
@@ -251,40 +248,26 @@ class _Run:
 
     # ------------------------------------------------------------------ steps
 
-    def optimise(self) -> Generator[None, None, None]:
-        """All steps that are left, each with what is due after it.
+    def advance(self) -> Generator[None, None, None]:
+        """One optimiser step, and what is due after it.
 
-        `unfinished` marks a step whose measurement is still to come: a checkpoint taken there resumes with
-        the measurement, so that λ has the same history as without the interruption.
+        Checkpoints are taken at its end only, so that λ has the same history as without an interruption.
         """
-        if self.unfinished:
-            yield from self._after_step()
-        while self.step < self.config.steps:
-            started = time.perf_counter()
-            self._descend()
-            self._smooth_seconds(time.perf_counter() - started)
-            self.step += 1
-            self.unfinished = True
-            yield
-            yield from self._after_step()
-
-    def _after_step(self) -> Generator[None, None, None]:
-        due = self.step % self.config.probe_every == 0
-        if due:
+        started = time.perf_counter()
+        self._descend()
+        self.step += 1
+        yield
+        if self.step % self.config.probe_every == 0:
             yield from self._measure()
         previews: tuple[Tensor, ...] = ()
         if self.config.preview_every and self.step % self.config.preview_every == 0:
             previews = yield from self._previews()
-        if due or previews or self.step == self.config.steps:
-            self._report("training", previews=previews)
-        self.unfinished = False
-        if self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps:
-            self.save()
+        self._smooth_seconds(time.perf_counter() - started)
+        self._report("training", previews=previews)
+        periodic = self.step % self.config.checkpoint_every == 0 or self.step == self.config.steps
+        if periodic or self.checkpoints.wanted():
+            self.checkpoints.save(self._checkpoint().to_bytes())
             yield
-
-    def save(self) -> None:
-        """Save a checkpoint of this moment."""
-        self.checkpoints.save(self._checkpoint().to_bytes())
 
     def _descend(self) -> None:
         config, slot = self.config, self.slot
@@ -434,7 +417,6 @@ class _Run:
             "averages": self.averages,
             "correction": self.gauge.correction,
             "drift": self.drift,
-            "unfinished": self.unfinished,
             "history": self.history,
             "controller": None if self.controller is None else self.controller.state_dict(),
         }
@@ -457,7 +439,6 @@ class _Run:
         self.averages = dict(saved.scalars["averages"])
         self.correction = float(saved.scalars["correction"])
         self.drift = saved.scalars["drift"]
-        self.unfinished = bool(saved.scalars["unfinished"])
         self.history = list(saved.scalars["history"])
         if saved.scalars["controller"] is not None:
             self.controller = BudgetController.from_state(saved.scalars["controller"])
