@@ -250,6 +250,7 @@ def test_listeners_hear_of_committed_changes(store: Store) -> None:
     store.finish_job(*key(claim(store)), JobState.SUCCEEDED, result={})
     assert heard == [("acme", s) for s in (JobState.PENDING, JobState.RUNNING, JobState.SUCCEEDED)]
     end()
+    end()
     store.create_job("acme", "train", {})
     assert len(heard) == 3
     assert job.state is JobState.PENDING

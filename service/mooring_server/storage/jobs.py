@@ -12,6 +12,7 @@ Legal moves, all others are refused:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Collection
 from typing import Any
@@ -169,7 +170,12 @@ class Jobs(Database):
             The function that ends the subscription.
         """
         self._listeners.append(listener)
-        return lambda: self._listeners.remove(listener)
+
+        def end() -> None:
+            with contextlib.suppress(ValueError):  # ended before
+                self._listeners.remove(listener)
+
+        return end
 
     def count_jobs(self) -> dict[tuple[str, JobState], int]:
         """Jobs of all tenants by kind and state, for metrics."""
