@@ -387,7 +387,9 @@ def job_row(job: job_pb2.Job) -> list[str]:
         short(job.name)[:SHORT_ID],
         state + (" (cancelling)" if job.cancel_requested and state == "running" else ""),
         f"{enum_word(pb.JobKind, job.kind)} {job_subject(job)}",
-        progress if state == "running" else short(job.adapter) or textwrap.shorten(job.error.message, 48, placeholder=" …"),
+        progress
+        if state == "running"
+        else short(job.adapter) or textwrap.shorten(job.error.message, 48, placeholder=" …"),
         local_time(job.create_time),
     ]
 
