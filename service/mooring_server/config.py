@@ -84,7 +84,7 @@ class Settings(BaseSettings):
         default="attention+ff", description="Layers that adapters may change."
     )
     training_share: float = Field(
-        default=0.2, ge=0.0, le=1.0, description="Share of device time that training keeps while others wait."
+        default=0.2, ge=0.0, lt=1.0, description="Share of device time that training keeps while others wait."
     )
     max_queue: int = Field(
         default=64, ge=1, le=100_000, description="Generation requests that may wait or run."
