@@ -158,6 +158,7 @@ class Engine:
         self.max_queue = max_queue
         self.max_running = max_running
         self._observers: list[EngineObserver] = [] if observer is None else [observer]
+        self._faulty: set[str] = set()
         self._policy = ClassPolicy(training_share)
         self._lanes = {klass: _Lane() for klass in TaskClass}
         self._changed = threading.Condition()
@@ -370,8 +371,8 @@ class Engine:
                 lane.running.popleft()
         self._tell("tick", klass, seconds)
         if finished is not None:
-            finished()
             self._queue_changed(klass)
+            finished()
         return seconds
 
     def _admit(self) -> None:
@@ -447,7 +448,10 @@ class Engine:
             try:
                 getattr(observer, method)(*values)
             except Exception as error:  # noqa: BLE001 - numbers never stop the work
-                _log.warning("observer_failed", observer=type(observer).__name__, error=repr(error))
+                kind = type(observer).__name__
+                if kind not in self._faulty:  # once: it would fail at every tick
+                    self._faulty.add(kind)
+                    _log.warning("observer_failed", observer=kind, error=repr(error))
 
 
 def _typed(error: BaseException) -> BaseException:
