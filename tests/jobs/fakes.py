@@ -65,12 +65,11 @@ class FakeTraining:
                 previews = (torch.full((300, 400, 3), step, dtype=torch.uint8),) if due else ()
                 on_progress(TrainProgress("training", step, config.steps, loss=self.loss, previews=previews))
                 self.progressed.set()
-                if step % self.checkpoint_every == 0:
+                if step % self.checkpoint_every == 0 or checkpoint.wanted():
                     checkpoint.save(json.dumps([step, state]).encode())
                 yield
         except GeneratorExit:
             self.closed += 1
-            checkpoint.save(json.dumps([step, state]).encode())
             raise
         figure = SimpleNamespace(to_json=lambda: {"value": 0.11, "low": 0.1, "high": 0.12})
         history = [{"step": step, "loss": self.loss, "strength": 2.0}]

@@ -75,6 +75,7 @@ class RunnerSettings:
         lease_seconds: a dead runner's job is taken over after at most this long.
         poll_seconds: how often other processes' changes are looked for.
         progress_seconds: least time between two progress events of a job.
+        drain_seconds: how long a training may take to the end of its step when the server stops.
         generic_prompts: prompts that have nothing to do with any subject.
         scene_prompts: subject prompts (with `{}`) of an evaluation that names none.
     """
@@ -83,6 +84,7 @@ class RunnerSettings:
     lease_seconds: float = 30.0
     poll_seconds: float = 0.5
     progress_seconds: float = 0.5
+    drain_seconds: float = 10.0
     generic_prompts: tuple[str, ...] = GENERIC_PROMPTS
     scene_prompts: tuple[str, ...] = NEW_SCENES
 
@@ -154,7 +156,7 @@ class JobRunner:
             self._stopping.set()
             sessions = list(self._sessions)
         for session in sessions:
-            session.stop(Stop.DRAINING)
+            session.drain(self._settings.drain_seconds)
         self._wake()
         deadline = time.monotonic() + timeout
         for thread in self._threads:
@@ -187,7 +189,7 @@ class JobRunner:
                 self._sessions.add(session)
                 draining = self._stopping.is_set()
             if draining:
-                session.stop(Stop.DRAINING)
+                session.drain(0.0)
             try:
                 outcome = self._outcome(session)
             finally:

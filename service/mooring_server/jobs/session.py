@@ -37,6 +37,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 MAX_PREVIEW_SIDE = 256
+CHECKPOINTED_PHASE = "training"
 _RETRY_SECONDS = 1.0
 
 
@@ -122,6 +123,8 @@ class JobSession:
         self._progress: Document | None = None
         self._previews: list[tuple[int, int, Pixels]] = []
         self._checkpoint: bytes | None = None
+        self._phase = ""
+        self._drain_by: float | None = None
         self._phase_written = ""
         self._written = -math.inf
         self._heart = threading.Thread(target=self._beat, name=f"lease-{job.job_id[:8]}", daemon=True)
@@ -139,15 +142,23 @@ class JobSession:
         self._heart.join()
 
     def stop(self, reason: Stop) -> None:
-        """Tell the job to stop at its next tick; the first reason counts.
-
-        A closed training saves its state before it ends, so that a drained one loses no step.
-        """
+        """Tell the job to stop at its next tick; the first reason counts."""
         with self._lock:
             self._stop = self._stop or reason
             handle = self._handle
         if handle is not None:
             handle.cancel()
+
+    def drain(self, grace_seconds: float) -> None:
+        """Tell the job to stop; a training first gets to save its state, so that it loses no step.
+
+        Args:
+            grace_seconds: how long it may take to the end of its step.
+        """
+        with self._lock:
+            grace = grace_seconds if self._phase == CHECKPOINTED_PHASE else 0.0
+            self._drain_by = time.monotonic() + grace
+        self._news.set()
 
     # -- called on the job's thread ------------------------------------------------------------------------
 
@@ -172,6 +183,8 @@ class JobSession:
                 self._news.wait(self._timing.poll)
                 self._news.clear()
                 self._write_notes()
+                if self._drain_by is not None and time.monotonic() >= self._drain_by:
+                    self.stop(Stop.DRAINING)
             self._write_notes(final=True)
             return self._result_of(handle)
         finally:
@@ -212,7 +225,7 @@ class JobSession:
         """Note the newest progress; previews are kept until they are written, progress only if newest."""
         step = int(progress.get("step", 0))
         with self._lock:
-            self._progress = progress
+            self._progress, self._phase = progress, str(progress.get("phase"))
             self._previews += [(step, index, pixels) for index, pixels in enumerate(previews)]
         if previews or progress.get("phase") != self._phase_written:
             self._news.set()
@@ -229,6 +242,12 @@ class JobSession:
         with self._lock:
             self._checkpoint = data
         self._news.set()
+        if self._drain_by is not None:
+            self.stop(Stop.DRAINING)
+
+    def wanted(self) -> bool:
+        """Whether to save after this step, whatever its number (training's CheckpointStore): on a drain."""
+        return self._drain_by is not None
 
     # -- the rest ------------------------------------------------------------------------------------------
 
