@@ -1,0 +1,55 @@
+"""A server's job runner as a process of its own, for tests that kill it: worker.py STATE BASE."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mooring_server.engine.bank import AdapterBank
+from mooring_server.engine.base import load_base
+from mooring_server.engine.engine import Engine
+from mooring_server.evaluation.judges import Judges
+from mooring_server.jobs.runner import JobRunner, RunnerSettings
+from mooring_server.storage.objects import LocalObjects
+from mooring_server.storage.store import Store
+
+GENERIC = ("a photo of a car", "a red robot", "a toy on a table", "a dog in the snow")
+
+
+def open_state(state: Path) -> tuple[Store, LocalObjects]:
+    return Store(f"sqlite:///{state}/mooring.db"), LocalObjects(state / "objects")
+
+
+@contextmanager
+def running(state: Path, base_dir: Path, judges: Judges | None = None) -> Iterator[None]:
+    """Claims and runs jobs of `state` inside the block; drains at its end."""
+    store, objects = open_state(state)
+    base = load_base(str(base_dir), threads=1)
+    bank = AdapterBank(base, slots=4, rank=4)
+    engine = Engine(base, bank, threads=1)
+    settings = RunnerSettings(
+        lease_seconds=1.5,
+        poll_seconds=0.05,
+        progress_seconds=0.05,
+        generic_prompts=GENERIC,
+        scene_prompts=("a photo of a {} in the snow", "a photo of a {} on the beach"),
+    )
+    runner = JobRunner(store, objects, engine, base, bank, judges, settings)
+    runner.start()
+    try:
+        yield
+    finally:
+        runner.stop()
+        engine.close()
+        store.close()
+
+
+if __name__ == "__main__":
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    with running(Path(sys.argv[1]), Path(sys.argv[2])):
+        stopped.wait()
