@@ -68,9 +68,20 @@ def test_metrics_can_be_off_but_the_server_needs_an_address():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"slots": 1}, {"rank": 0}, {"rank": 129}, {"threads": 0}, {"training_share": 1.0}, {"training_share": -0.1},
-     {"dtype": "int8"}, {"targets": "all"}, {"lease_seconds": 0.5}, {"max_queue": 0}, {"nonsense": 1}],
-)  # fmt: skip
+    [
+        {"slots": 1},
+        {"rank": 0},
+        {"rank": 129},
+        {"threads": 0},
+        {"training_share": 1.0},
+        {"training_share": -0.1},
+        {"dtype": "int8"},
+        {"targets": "all"},
+        {"lease_seconds": 0.5},
+        {"max_queue": 0},
+        {"nonsense": 1},
+    ],
+)
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValidationError):
         Settings(**wrong)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from types import SimpleNamespace
 
 import grpc
@@ -178,9 +177,12 @@ async def test_an_unexpected_error_tells_its_request_id_and_nothing_of_the_insid
 @pytest.mark.parametrize("how", ["ok", "typed", "exception"])
 async def test_each_call_writes_one_canonical_line(edge, how):
     merge = structlog.contextvars.merge_contextvars
-    lines_of = structlog.testing.capture_logs(processors=[merge])
-    with lines_of as logs, contextlib.suppress(grpc.aio.AioRpcError):
-        await start(edge, "unary", how, metadata=[("x-request-id", "abc-2")])
+    with structlog.testing.capture_logs(processors=[merge]) as logs:
+        try:
+            await start(edge, "unary", how, metadata=[("x-request-id", "abc-2")])
+        except grpc.aio.AioRpcError:
+            assert how != "ok"
+        await asyncio.wait_for(edge.gate.idle.wait(), 5)  # the line is written as the call ends
     lines = [line for line in logs if line["event"] == "rpc"]
     assert len(lines) == 1
     assert lines[0]["method"] == "test.Endings/unary"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 else:
     _ServerInterceptor = grpc.aio.ServerInterceptor  # generic in the type stubs only
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_DEADLINE_MARGIN_SECONDS = 0.1
 _QUIET = ("grpc.health.", "grpc.reflection.")
 
 
@@ -186,9 +187,6 @@ class EdgeInterceptor(_ServerInterceptor):
             seconds = time.perf_counter() - started
             self._metrics.handled.labels(*labels, code.name).inc()
             self._metrics.handling.labels(*labels).observe(seconds)
-            if not call.quiet:
-                self._gate.leave()
-                self._metrics.in_flight.dec()
             write = log.debug if call.quiet else log.warning if code is grpc.StatusCode.INTERNAL else log.info
             write(
                 "rpc",
@@ -197,6 +195,9 @@ class EdgeInterceptor(_ServerInterceptor):
                 peer=context.peer(),
                 **({"reason": reason} if reason else {}),
             )
+            if not call.quiet:
+                self._metrics.in_flight.dec()
+                self._gate.leave()
 
 
 async def _send(result: Any, context: Context) -> None:
@@ -240,6 +241,7 @@ def _set_code(context: Context) -> grpc.StatusCode:
 
 
 def _cancel_code(context: Context) -> grpc.StatusCode:
+    # A caller whose deadline passes resets the stream, often a moment before our own clock of it runs out.
     left = context.time_remaining()
-    late = left is not None and left <= 0
+    late = left is not None and left <= _DEADLINE_MARGIN_SECONDS
     return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
