@@ -93,7 +93,7 @@ class Settings(BaseSettings):
         default=16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
     )
     max_photo_bytes: int = Field(
-        default=20 * MIB, ge=1024, le=200 * MIB, description="Size of one uploaded photo."
+        default=20 * MIB, ge=1024, le=20 * MIB, description="Size of one uploaded photo."
     )
     max_adapter_bytes: int = Field(
         default=512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."

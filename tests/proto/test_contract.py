@@ -192,3 +192,18 @@ def test_documented_evaluation_defaults_are_the_evaluators():
     assert len(documented) == 4
     for value, _, name in documented:
         assert float(value) == getattr(EvaluationConfig(), name), name
+
+
+def test_the_documented_reasons_are_all_of_them_with_their_codes():
+    text = (protos.ROOT / "docs" / "api.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \|", text, re.MULTILINE))
+    assert rows == {reason.value: code.value for reason, code in REASON_CODE.items()}
+
+
+def test_the_documented_calls_are_all_of_them():
+    text = (protos.ROOT / "docs" / "api.md").read_text()
+    services = [s for module in MODULES for s in module.DESCRIPTOR.services_by_name.values()]
+    for service in services:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{service.name}` |"))
+        documented = re.findall(r"`([A-Za-z]+)`", row)[1:]
+        assert sorted(documented) == sorted(method.name for method in service.methods)

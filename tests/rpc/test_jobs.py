@@ -324,9 +324,21 @@ def test_bad_evaluations_never_become_jobs(stubs, subject, runtime):
         ({"subject": subject, "config": {**FEW, "steps": 151}}, "STEPS_OUT_OF_RANGE"),
         ({"subject": subject, "config": {**FEW, "prompts": [" "]}}, "EMPTY_PROMPT"),
         ({"subject": subject, "config": {**FEW, "seeds": range(17)}}, "INVALID_FIELD"),
+        (
+            {"subject": subject, "config": {**FEW, "prompts": ["a {} on the red beach " * 4]}},
+            "PROMPT_TOO_LONG",
+        ),
     ]
     for values, reason in cases:
         assert failure_of(lambda values=values: evaluate(stubs, **values)).reason == reason, values
+
+
+def test_default_prompts_that_do_not_fit_a_long_class_noun_are_left_out(stubs):
+    noun = "red and blue and small toy duck"
+    subject = make_subject(stubs, "long-noun", class_noun=noun)
+    job = evaluate(stubs, subject=subject, config={"generic_prompts": FEW["generic_prompts"]})
+    stubs.jobs.CancelJob(pb.CancelJobRequest(name=job.name), timeout=DEADLINE)
+    assert 0 < len(job.evaluate.config.prompts) < 6
 
 
 def test_a_training_has_no_evaluation(stubs, trained):

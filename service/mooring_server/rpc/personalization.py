@@ -11,6 +11,7 @@ from google.protobuf import duration_pb2
 from mooring.v1 import personalization_pb2 as pb
 from mooring.v1 import personalization_pb2_grpc, training_pb2
 
+from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.policy import TaskClass
 from mooring_server.engine.requests import MAX_COUNT, MAX_SIZE_FACTOR, MAX_STEPS, ImageReady, Progress
 from mooring_server.errors import FieldViolation, MooringError, Reason
@@ -251,7 +252,17 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
             **given,
         }
     )
+    learned = None if adapter is None else runtime.adapters.get(adapter).embeddings
+    if "prompts" not in given:
+        # The default scenes are for any subject; one with a long class noun keeps those that still fit.
+        fitting = [p for p in wanted.prompts if not _cut(runtime, wanted.adapted_prompt(p), learned)]
+        wanted = replace(wanted, prompts=tuple(fitting) or wanted.prompts[:1])
     _within("config", wanted.validate)
+    for name in ("prompts", "generic_prompts"):
+        for index, prompt in enumerate(getattr(wanted, name)):
+            runtime.base.require_prompt_fits(
+                wanted.adapted_prompt(prompt), learned, field=f"config.{name}[{index}]"
+            )
     document = wanted.to_json()
     spec = {
         "adapter": "" if adapter is None else adapter.name,
@@ -259,6 +270,10 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         "config": {name: document[name] for name in convert.EVALUATION_FIELDS},
     }
     return runtime.store.create_job(tenant, "evaluate", spec, request_id=request.request_id)
+
+
+def _cut(runtime: Runtime, prompt: str, learned: LearnedEmbeddings | None) -> str:
+    return runtime.base.check_prompt(prompt, learned).cut
 
 
 def _require_photos(subject: Subject) -> None:
