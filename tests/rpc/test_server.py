@@ -294,3 +294,20 @@ def test_sigterm_answers_the_running_call_says_not_serving_and_exits_0(tiny_sd15
     assert events.index("serving") < events.index("draining") < events.index("stopped")
     calls = [line for line in lines if line["event"] == "rpc" and line["method"].endswith("/Generate")]
     assert [(line["code"], line["tenant"]) for line in calls] == [("OK", "local")]
+
+
+def test_a_base_of_the_sdxl_layout_is_served_by_the_same_code(tiny_sdxl, tmp_path):
+    with EmbeddedServer(settings_for(tiny_sdxl, tmp_path)) as running:
+        stubs = Stubs(running.target)
+        info = stubs.personalization.GetServerInfo(
+            personalization_pb2.GetServerInfoRequest(), timeout=DEADLINE
+        )
+        assert info.base.kind == "sdxl"
+        request = personalization_pb2.GenerateRequest(prompt="a photo of a dog", steps=2)
+        responses = list(stubs.personalization.Generate(request, timeout=DEADLINE))
+        assert responses[-1].done.base_digest == info.base.digest
+        config = {"steps": 2, "rank": 2, "batch_size": 1, "views": 1, "preview_every": 0}
+        request = personalization_pb2.TrainRequest(subject=make_subject(stubs, "rex"), config=config)
+        name = stubs.personalization.Train(request, timeout=DEADLINE).job.name
+        last = list(stubs.jobs.WatchJob(job_pb2.WatchJobRequest(name=name), timeout=DEADLINE))[-1].job
+        assert last.state == job_pb2.JOB_STATE_SUCCEEDED, last.error
