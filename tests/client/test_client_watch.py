@@ -130,6 +130,28 @@ def test_watch_gives_up_after_its_patience(server: ScriptedServer) -> None:
         list(client.watch("1", patience=1.0))
 
 
+def test_a_stream_that_ends_before_its_job_is_resumed(server: ScriptedServer) -> None:
+    parts = {0: [progress(1)], 1: [progress(2), ended(2)]}
+    server.answers["WatchJob"] = lambda request, _: iter(parts[request.after_sequence])
+    with mooring.Client(server.target) as client:
+        assert [event.sequence for event in client.watch("1")] == [1, 2, 2]
+
+
+def test_a_watch_to_the_end_is_not_cancelled(server: ScriptedServer) -> None:
+    outcomes: list[bool] = []
+
+    def answer(_: Any, context: Any) -> Any:
+        yield ended(1)
+        time.sleep(0.2)  # a client that hangs up after the last event does so now
+        outcomes.append(context.is_active())
+
+    server.answers["WatchJob"] = answer
+    with mooring.Client(server.target) as client:
+        list(client.watch("1"))
+        client.wait("1")
+    assert outcomes == [True, True]
+
+
 def test_other_errors_are_not_resumed(server: ScriptedServer) -> None:
     def answer(_: Any, context: Any) -> Any:
         yield progress(1)

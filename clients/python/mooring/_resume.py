@@ -32,6 +32,14 @@ class Resume:
         self._failures = 0
         self._last_heard = time.monotonic()
 
+    def cut_short(self) -> None:
+        """Note a stream that ended in good order before the job did.
+
+        Raises:
+            UnavailableError: always; `pause_after` decides about it.
+        """
+        raise errors.UnavailableError("The stream ended before the job did.", remedy="Watch the job again.")
+
     def pause_after(self, error: errors.MooringError) -> float:
         """Seconds to wait before the next try.
 

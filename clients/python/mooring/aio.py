@@ -167,6 +167,7 @@ class Client:
         """A job's events as they come; a broken connection is taken up again after the last event."""
         name = resource_name("jobs", job)
         resume = Resume(after_sequence, patience)
+        ended = False
         while True:
             call = self._jobs.WatchJob(job_pb2.WatchJobRequest(name=name, after_sequence=resume.sequence))
             try:
@@ -174,9 +175,11 @@ class Client:
                     async for message in call:
                         resume.received(message.sequence)
                         event = job_event_of(message)
+                        ended = event.terminal
                         yield event
-                        if event.terminal:
-                            return
+                if ended:  # and the call with it: cancelling it would look like a lost client to the server
+                    return
+                resume.cut_short()
             except errors.MooringError as error:
                 await asyncio.sleep(resume.pause_after(error))
             finally:
@@ -186,12 +189,12 @@ class Client:
         self, job: Any, *, on_event: Callable[[JobEvent], None] | None = None, patience: float = 120.0
     ) -> job_pb2.Job:
         """Wait for a job's end; raises JobFailedError unless it succeeds."""
+        last: job_pb2.Job | None = None
         async for event in self.watch(job, patience=patience):
             if on_event:
                 on_event(event)
-            if event.job is not None and event.terminal:
-                return succeeded(event.job)
-        return succeeded(await self.get_job(job))
+            last = event.job
+        return succeeded(last or await self.get_job(job))
 
     async def get_evaluation(self, job: Any) -> evaluation_pb2.Evaluation:
         """Figures of a succeeded evaluation job."""

@@ -321,6 +321,7 @@ class Client:
         """
         name = resource_name("jobs", job)
         resume = Resume(after_sequence, patience)
+        ended = False
         while True:
             call: Any = self._jobs.WatchJob(
                 job_pb2.WatchJobRequest(name=name, after_sequence=resume.sequence)
@@ -330,9 +331,11 @@ class Client:
                     for message in call:
                         resume.received(message.sequence)
                         event = job_event_of(message)
+                        ended = event.terminal
                         yield event
-                        if event.terminal:
-                            return
+                if ended:  # and the call with it: cancelling it would look like a lost client to the server
+                    return
+                resume.cut_short()
             except errors.MooringError as error:
                 time.sleep(resume.pause_after(error))
             finally:
@@ -354,12 +357,12 @@ class Client:
         Raises:
             JobFailedError: it failed or was cancelled.
         """
+        last: job_pb2.Job | None = None
         for event in self.watch(job, patience=patience):
             if on_event:
                 on_event(event)
-            if event.job is not None and event.terminal:
-                return succeeded(event.job)
-        return succeeded(self.get_job(job))
+            last = event.job
+        return succeeded(last or self.get_job(job))
 
     def get_evaluation(self, job: Any) -> evaluation_pb2.Evaluation:
         """Figures of a succeeded evaluation job."""
