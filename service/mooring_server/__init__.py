@@ -1,1 +1,1 @@
-"""The Mooring service: personalise a resident text-to-image model for many customers, within a drift budget."""
+"""The Mooring service: personalise a resident text-to-image model for many customers, within a budget."""
