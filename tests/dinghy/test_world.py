@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mooring_server.dinghy import generic_prompts, new_scene_prompts, nouns, scenes, unknown_words
-from mooring_server.dinghy.sources import SPRITE_PX, Sprites
+from mooring_server.dinghy.sources import SPRITE_PX
 from mooring_server.dinghy.text import trained_words
 from mooring_server.dinghy.world import (
     TRAIN_STYLES,
@@ -18,27 +18,6 @@ from mooring_server.dinghy.world import (
     scene_words,
     tint_sprite,
 )
-
-
-def _disc(seed: int) -> np.ndarray:
-    """A coloured disc: a stand-in for artwork, so that the tests need no download."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:SPRITE_PX, :SPRITE_PX] - SPRITE_PX / 2
-    sprite = np.zeros((SPRITE_PX, SPRITE_PX, 4), np.uint8)
-    sprite[x**2 + y**2 < (SPRITE_PX * 0.45) ** 2] = [*rng.integers(30, 226, 3), 255]
-    return sprite
-
-
-@pytest.fixture(scope="module")
-def sprites() -> Sprites:
-    rows = []
-    for noun, (code, hyper) in nouns.NAMED.items():
-        rows += [(noun, hyper, style, code, "named") for style in (*TRAIN_STYLES, "noto")]
-    rows += [("", hyper, "3d", f"X{i}", "extra") for i, hyper in enumerate(nouns.HYPERNYMS)]
-    rows += [(s.name, s.class_noun, "3d", s.code, "held") for s in nouns.HELD_OUT]
-    pixels = np.stack([_disc(i) for i in range(len(rows))])
-    columns = [list(c) for c in zip(*rows, strict=True)]
-    return Sprites(pixels, *columns)
 
 
 def test_sample_depends_on_seed_and_index_only(sprites):
@@ -110,7 +89,8 @@ def test_compose_stays_in_bounds_and_draws_something(size, angle, dx, dy, flip, 
 
 @pytest.mark.parametrize("tint", list(nouns.TINTS))
 def test_tint_keeps_the_outline_and_takes_the_hue(tint):
-    sprite = _disc(3)
+    sprite = np.zeros((SPRITE_PX, SPRITE_PX, 4), np.uint8)
+    sprite[20:100, 20:100] = (120, 90, 60, 255)
     sprite[40:60, 40:60, :3] = 250
     out = tint_sprite(sprite, tint)
     assert np.array_equal(out[..., 3], sprite[..., 3])

@@ -23,16 +23,23 @@ def t2i(
         float, typer.Option(help="Decay the rate to 3 % over this long, then stop.")
     ] = 0.0,
     batch: Annotated[int, typer.Option(help="Pictures per step.")] = 48,
+    peak: Annotated[float, typer.Option(help="Factor on the rates, to go on from a decayed run.")] = 1.0,
+    extra_share: Annotated[float, typer.Option(help="Share of pictures with an unnamed object.")] = 0.25,
+    start: Annotated[str, typer.Option(help="Begin with a copy of this run's checkpoint.")] = "",
     threads: Annotated[int, typer.Option(help="Compute threads.")] = 1,
 ) -> None:
     """Train the UNet and the text encoder; goes on from the checkpoint in the cache."""
     import torch
 
     from . import base_dir, sources
-    from .t2i import Settings, Trainer
+    from .t2i import Settings, Trainer, branch
 
     torch.set_num_threads(threads)
-    settings = Settings(minutes=minutes, decay_minutes=decay_minutes, batch=batch)
+    if start and not (sources.cache_dir() / run / "checkpoint.pt").exists():
+        branch(start, run)
+    settings = Settings(
+        minutes=minutes, decay_minutes=decay_minutes, batch=batch, peak=peak, extra_share=extra_share
+    )
     trainer = Trainer(sources.cache_dir() / run, settings)
     typer.echo(f"starting from {trainer.resume(base_dir())}")
     trainer.run()

@@ -9,7 +9,6 @@ hour while the long run goes on.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +46,8 @@ class Settings:
     minutes: float = 0.0
     checkpoint_minutes: float = 3.0
     sheet_minutes: float = 20.0
+    peak: float = 1.0
+    extra_share: float = 0.25
 
 
 def build_scheduler() -> Any:
@@ -118,7 +119,7 @@ class Trainer:
     def __init__(self, folder: Path, settings: Settings, world: World | None = None) -> None:
         self.folder, self.settings = folder, settings
         folder.mkdir(parents=True, exist_ok=True)
-        self.world = world or World(seed=settings.seed)
+        self.world = world or World(seed=settings.seed, extra_share=settings.extra_share)
         self.pca = world_pca(self.world, cache_dir())
         torch.manual_seed(settings.seed)
         self.tokenizer = text.build_tokenizer()
@@ -201,7 +202,7 @@ class Trainer:
 
     def rate(self) -> float:
         """Factor on the base rates: linear warm-up, constant, and a linear decay once asked for."""
-        factor = min(1.0, (self.step + 1) / self.settings.warmup_steps)
+        factor = self.settings.peak * min(1.0, (self.step + 1) / self.settings.warmup_steps)
         if self.decay_start >= 0:
             spent = (self.seconds - self.decay_start) / (60 * self.settings.decay_minutes)
             factor *= max(0.03, 1 - spent)
@@ -286,12 +287,14 @@ class Trainer:
 
 
 def branch(source: str, target: str) -> None:
-    """Copy the checkpoint of run ``source`` to run ``target``, to decay the copy while the source goes on."""
+    """Copy the checkpoint of run ``source`` to run ``target``, whose rate has not begun to decay.
+
+    To decay the copy while the source goes on, or to go on from a decayed run.
+    """
     folder = cache_dir() / target
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "checkpoint.part"
-    shutil.copyfile(cache_dir() / source / "checkpoint.pt", part)
-    part.rename(folder / "checkpoint.pt")
+    state = torch.load(cache_dir() / source / "checkpoint.pt", weights_only=True, mmap=True)
+    write_checkpoint(state | {"decay_start": -1.0}, folder / "checkpoint.pt")
 
 
 def sheet_prompts() -> list[str]:

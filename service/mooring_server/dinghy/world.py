@@ -128,8 +128,10 @@ def compose(background: Picture, sprite: Picture, place: Placement) -> Picture:
 class World:
     """Draws samples at ``px`` pixels from cached sprites; see the module's docstring."""
 
-    def __init__(self, px: int = 64, seed: int = 0, sprites: Sprites | None = None) -> None:
-        self.px, self.seed = px, seed
+    def __init__(
+        self, px: int = 64, seed: int = 0, sprites: Sprites | None = None, extra_share: float = 0.25
+    ) -> None:
+        self.px, self.seed, self.extra_share = px, seed, extra_share
         self.sprites = sprites or load_sprites()
         self._named: dict[str, list[int]] = {n: [] for n in nouns.NAMED}
         self._extras: dict[str, list[int]] = {}
@@ -165,7 +167,7 @@ class World:
     def sample(self, index: int) -> Sample:
         """Training sample ``index``."""
         rng = np.random.default_rng((self.seed, nouns.WORLD_VERSION, index))
-        if rng.random() < 0.25:
+        if rng.random() < self.extra_share:
             return self._extra(rng)
         noun = list(nouns.NAMED)[int(rng.integers(len(nouns.NAMED)))]
         tint = list(nouns.TINTS)[int(rng.integers(len(nouns.TINTS)))] if rng.random() < 0.2 else ""
