@@ -1,8 +1,8 @@
 """Does the drift land on its budget, and what does the mooring keep? `python -m benchmarks.budget`.
 
 For held-out subjects × seeds: train without protection (`none`) and moored (`spectral` with a drift budget),
-then evaluate both beside the untouched base. The drift that is compared with the budget is measured on prompts,
-noise and timesteps that the controller never saw; the controller's own final figure stands beside it.
+then evaluate both beside the untouched base. The drift that is compared with the budget is measured on
+prompts, noise and timesteps that the controller never saw; its own final figure stands beside it.
 
 Runs on the engine library, without a server. Finished runs are kept in .cache/benchmarks, by everything that
 decides them, so an interrupted benchmark goes on where it was and two processes may share the subjects.
@@ -17,15 +17,11 @@ import os
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from benchmarks.common import ROOT, Row, parser, show
 from mooring_server import dinghy
 from mooring_server.engine.adapters import AdapterWeights, from_safetensors, to_safetensors
 from mooring_server.engine.bank import AdapterBank
@@ -36,6 +32,11 @@ from mooring_server.evaluation.evaluate import EvaluationCache, EvaluationProgre
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.result import EvaluationResult
 from mooring_server.training import PRESETS, Method, TrainConfig, TrainProgress, train
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.common import ROOT, Row, parser, show
 
 T = TypeVar("T")
 
@@ -128,10 +129,10 @@ def main() -> None:
 
 
 _NOTES = (
-    "ours: drift of the moored adapter on held-out prompts, noise and timesteps; peer: the budget; "
+    "ours: drift of the moored adapter on held-out prompts, noise and timesteps; peer: the budget.",
     "steered: the same on the controller's own probe at the end of training.",
-    "DINO: likeness to the photos in new scenes; CLIP-T: agreement with the prompt, placeholder removed; "
-    "generic: prompts without the subject. base / none / moored in this order.",
+    "DINO: likeness to the photos in new scenes. CLIP-T: agreement with the prompt, placeholder removed.",
+    "generic: prompts without the subject. Columns of several figures: base / none / moored.",
 )
 
 
@@ -185,9 +186,7 @@ def _run(bench: Bench, subject: Subject, seed: int, options: argparse.Namespace,
     none_config = TrainConfig(method=Method.NONE, steps=options.steps, seed=seed, preview_every=0)
     found: dict[str, tuple[AdapterWeights, EvaluationResult]] = {}
     for arm, train_config in (("none", none_config), ("moored", moored_config)):
-        weights = _trained(
-            bench, subject, train_config, steered, lambda d, t, a=arm: tick(f"train {a}", d, t)
-        )
+        weights = _trained(bench, subject, train_config, steered, partial(tick, f"train {arm}"))
         evaluation = EvaluationConfig(
             prompts=tuple(f"{dinghy.photo_prompt('{}')} {place}" for place in _places(quick=options.quick)),
             generic_prompts=tuple(held_out[: 8 if options.quick else 24]),
@@ -198,9 +197,7 @@ def _run(bench: Bench, subject: Subject, seed: int, options: argparse.Namespace,
             probe_points=32 if options.quick else 96,
             budget=train_config.target_drift,
         )
-        result = _evaluated(
-            bench, subject, weights, evaluation, lambda d, t, a=arm: tick(f"evaluate {a}", d, t)
-        )
+        result = _evaluated(bench, subject, weights, evaluation, partial(tick, f"evaluate {arm}"))
         found[arm] = weights, result
     if options.report:
         _write_report(options.report / f"{subject.name}-{seed}", subject, found)

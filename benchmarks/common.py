@@ -22,6 +22,8 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WIDTH = 170
+"""Columns of a table that is not printed on a terminal."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,13 @@ def show(
     if options.json:
         sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     else:
-        _print(Console(), title, rows, notes, summary, machine)
+        wide = None if sys.stdout.isatty() else WIDTH
+        _print(Console(width=wide), title, rows, notes, summary, machine)
     if options.save:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         with (RESULTS / f"{name}.txt").open("w") as file:
-            _print(Console(file=file, width=150), title, rows, notes, summary, machine)
+            _print(Console(file=file, width=WIDTH), title, rows, notes, summary, machine)
 
 
 def _print(
