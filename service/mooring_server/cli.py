@@ -62,7 +62,8 @@ def main(
     mooring evaluate rex
     mooring demo                    all of it on photos that ship with Mooring
 
-    Without --server, commands use the server that runs on the state directory, or start one for themselves.
+    Without --server, commands use the server that runs on the state directory,
+    or start one for themselves.
     """
     del version
 
@@ -107,7 +108,8 @@ def serve(
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C, then drain: finish calls, checkpoint the running job.
 
-    Every setting can also be a MOORING_* environment variable; docs/operations.md lists them.
+    Every setting can also be a MOORING_* environment variable;
+    docs/operations.md lists them.
 
     \b
     mooring serve
@@ -154,8 +156,9 @@ def demo(
 ) -> None:
     """Show the whole thing on shipped photos: base, unprotected and moored side by side, with figures.
 
-    Starts a server of its own below the folder, trains two adapters on twelve photos of an object that the
-    base has never seen, and writes grid.png and report.html. About six minutes on two cores.
+    Starts a server of its own below the folder, trains two adapters on twelve
+    photos of an object that the base has never seen, and writes grid.png and
+    report.html. About six minutes on two cores.
 
     \b
     mooring demo

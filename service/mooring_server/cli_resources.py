@@ -49,7 +49,7 @@ AdapterArgument = Annotated[
 ]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, or its first digits.")]
 PhotosArgument = Annotated[
-    list[Path], typer.Argument(metavar="PHOTO...", help="JPEG, PNG or WebP files, or folders of them.")
+    list[Path], typer.Argument(metavar="PHOTO", help="JPEG, PNG or WebP files, or folders of them.")
 ]
 
 
@@ -69,13 +69,19 @@ class Rights(StrEnum):
 def subjects_create(
     subject: SubjectArgument,
     photos: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PHOTO...]", help="Photos, or folders of photos.")
+        list[Path] | None, typer.Argument(metavar="PHOTO", help="Photos, or folders of photos.")
     ] = None,
     *,
     class_noun: Annotated[
         str, typer.Option("--class", metavar="NOUN", help='What it is, in plain words: "dog", "coffee mug".')
     ],
-    rights: Annotated[Rights, typer.Option(help="By what right the photos may be used for training.")],
+    rights: Annotated[
+        Rights,
+        typer.Option(
+            metavar="BASIS",
+            help="By what right the photos may be used: owned, licensed, consent, public_domain.",
+        ),
+    ],
     statement: Annotated[str, typer.Option(help="Free text for the record, such as a contract number.")] = "",
     placeholder: Annotated[
         str, typer.Option(metavar="WORD", help='Word that stands for it in prompts. Default: "<SUBJECT>".')
@@ -90,7 +96,7 @@ def subjects_create(
 
     \b
     mooring subjects create rex ./rex-photos --class dog --rights owned
-    mooring subjects create mug a.jpg b.jpg --class "coffee mug" --rights licensed --statement "contract 17"
+    mooring subjects create mug a.jpg b.jpg --class "coffee mug" --rights licensed
     """
     files = photo_files(photos or [])
     with errors_shown(), connect(server, state_dir, base=base) as client:
@@ -319,7 +325,11 @@ def adapters_export(
     directory: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write to.")] = Path(),
     file_format: Annotated[
         ExportFormat,
-        typer.Option("--format", help="native: Mooring's safetensors; diffusers: for load_lora_weights."),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="diffusers: for load_lora_weights (default); native: Mooring's safetensors.",
+        ),
     ] = ExportFormat.DIFFUSERS,
     server: ServerOption = "",
     state_dir: StateDirOption = None,

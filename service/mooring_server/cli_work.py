@@ -72,9 +72,19 @@ def train(
     adapter: Annotated[
         str, typer.Option(metavar="NAME", help="Adapter to publish a version of. Default: the subject's id.")
     ] = "",
-    method: Annotated[Method, typer.Option(help="How the base is protected.")] = Method.SPECTRAL,
+    method: Annotated[
+        Method,
+        typer.Option(
+            metavar="METHOD",
+            help="How the base is protected: none, l2, factor_decay, spectral, prior_preservation.",
+        ),
+    ] = Method.SPECTRAL,
     preset: Annotated[
-        Preset | None, typer.Option(help="How far the model may move from the base. Default: balanced.")
+        Preset | None,
+        typer.Option(
+            metavar="PRESET",
+            help="How far the model may move from the base: conservative, balanced (default), adaptive.",
+        ),
     ] = None,
     budget: Annotated[
         float | None,
@@ -92,7 +102,10 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Photos per step. Default: the server's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same adapter.")] = 0,
-    targets: Annotated[Targets | None, typer.Option(help="Which layers are adapted.")] = None,
+    targets: Annotated[
+        Targets | None,
+        typer.Option(metavar="LAYERS", help="Adapted layers: attention (default), attention_ff."),
+    ] = None,
     embedding: Annotated[
         bool | None, typer.Option("--embedding/--no-embedding", help="Learn the placeholder's embedding too.")
     ] = None,
@@ -104,8 +117,9 @@ def train(
 ) -> None:
     """Train an adapter on a subject's photos, with live progress.
 
-    The bar shows the loss, the drift against its budget, the penalty strength λ that the controller has
-    found, and the largest spectral norm σ. Ctrl-C stops the bar, not the job.
+    The bar shows the loss, the drift against its budget, the penalty
+    strength λ that the controller has found, and the largest spectral norm σ.
+    Ctrl-C stops the bar, not the job.
 
     \b
     mooring train rex
@@ -190,7 +204,10 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 is off.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels. Default: the base's native size.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels. Default: the base's native size.")] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Default: ddim.")] = None,
+    sampler: Annotated[
+        SamplerName | None,
+        typer.Option(metavar="SAMPLER", help="ddim (default), euler, euler_ancestral, dpmpp_2m."),
+    ] = None,
     previews: Annotated[
         int | None, typer.Option(metavar="STEPS", min=0, help="Save how it looks every so many steps, too.")
     ] = None,
@@ -260,7 +277,7 @@ def generate(
 
 def evaluate(
     adapter: Annotated[
-        str, typer.Argument(metavar="[ADAPTER]", help="What to evaluate. Without it: the base alone.")
+        str, typer.Argument(metavar="ADAPTER", help="What to evaluate. Without it: the base alone.")
     ] = "",
     *,
     subject: Annotated[
