@@ -119,3 +119,9 @@ def test_every_direct_requirement_is_resolved() -> None:
             if line and not line.startswith(("#", "-r")):
                 wanted.add(re.split(r"[=<>;\[ ]", line)[0].replace("_", "-").lower())
     assert wanted <= {name.replace("_", "-").lower() for name in resolved}
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """Without packages pytest imports test files by their bare name and refuses the second of a name."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
