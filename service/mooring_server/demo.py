@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING, Any
 
 from mooring import BatchError, BatchImage
@@ -278,7 +281,9 @@ def write_report(
     results = [(arm.label, evaluation_result(client, arm.job)) for arm in arms]
     photos = [Image.open(path).convert("RGB") for path in subject.photos]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(report.render(results, photos=photos), encoding="utf-8")
+    (folder / "report.html").write_text(
+        report.render(results, photos=photos, title=f"Mooring demo: {subject.name}"), encoding="utf-8"
+    )
     report.grid(results, photos=photos).save(folder / "grid.png")
     figures = {
         arm.label: {
@@ -310,11 +315,13 @@ def print_outcome(
         out.print(f"  {escape(str(folder / name)):<28} {what}", soft_wrap=True)
     moored = short(arms[-1].adapter)
     example = dinghy.photo_prompt(subject.class_noun, subject.placeholder)
+    # without an activated environment the plain name would not be found
+    mooring = "mooring" if which("mooring") else os.path.relpath(sys.argv[0])
     out.print("\ntry next:")
     for command in (
-        f'mooring generate "{example} on the grass" --adapter {moored} --count 4 {state}',
-        f"mooring adapters show {moored} {state}",
-        f"mooring train {subject.name} --preset conservative {state}",
-        "mooring subjects create rex ./your-photos --class dog --rights owned",
+        f'{mooring} generate "{example} on the grass" --adapter {moored} --count 4 {state}',
+        f"{mooring} adapters show {moored} {state}",
+        f"{mooring} train {subject.name} --preset conservative {state}",
+        f"{mooring} subjects create rex ./your-photos --class dog --rights owned",
     ):
         out.print(f"  {escape(command)}", style="cyan", soft_wrap=True)
