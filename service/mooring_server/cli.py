@@ -146,7 +146,7 @@ def demo(
     *,
     subject: Annotated[
         str, typer.Option(metavar="NAME", help="Which shipped held-out object to learn.")
-    ] = "duck",
+    ] = "robot",
     directory: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Where pictures, report and state go.")
     ] = Path("demo"),
@@ -162,16 +162,14 @@ def demo(
 
     \b
     mooring demo
-    mooring demo --subject robot --out robot-demo
+    mooring demo --subject duck --out duck-demo
     """
     from mooring_server import demo as demo_module
 
     chosen = demo_module.choose_subject(subject)
-    # both processors: nothing else has to be served meanwhile
-    threads = {"MOORING_THREADS": str(os.cpu_count() or 1)} if "MOORING_THREADS" not in os.environ else {}
     state = f"--server {server}" if server else f"--state-dir {directory / 'state'}"
     err.print(f"mooring demo: {subject}, {steps} steps, into {directory}{os.sep}")
-    with errors_shown(), connect(server, directory / "state", environment=threads) as client:
+    with errors_shown(), connect(server, directory / "state") as client:
         run = demo_module.Demo(client, chosen, directory, steps=steps, seed=seed)
         arms = run.run()
         demo_module.print_outcome(run, arms, chosen, directory, state)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,16 +111,13 @@ def _lock(path: Path, mode: int) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def connect(
-    server: str, state_dir: Path | None, *, base: str = "", environment: Mapping[str, str] | None = None
-) -> Iterator[mooring.Client]:
+def connect(server: str, state_dir: Path | None, *, base: str = "") -> Iterator[mooring.Client]:
     """A client of the named server, or of the one on the state directory, started if there is none.
 
     Args:
         server: "host:port", or "" for an embedded server.
         state_dir: its state directory, None for the default.
         base: base model of a server that has to be started.
-        environment: further variables of a server that has to be started.
     """
     import mooring
 
@@ -130,7 +127,7 @@ def connect(
         return
     folder = resolve_state_dir(state_dir)
     with _lock(folder / "server.users", fcntl.LOCK_SH) as users:
-        running = _find_or_start(folder, base, environment or {})
+        running = _find_or_start(folder, base)
         try:
             with mooring.Client(running.target) as client:
                 yield client
@@ -146,11 +143,11 @@ def resolve_state_dir(state_dir: Path | None) -> Path:
     return state_dir or Path(os.environ.get("MOORING_STATE_DIR") or default_state_dir())
 
 
-def _find_or_start(folder: Path, base: str, environment: Mapping[str, str]) -> RunningServer:
+def _find_or_start(folder: Path, base: str) -> RunningServer:
     with _lock(folder / "server.start", fcntl.LOCK_EX):
         running = read_record(folder)
         if running is None:
-            return _start(folder, base, environment)
+            return _start(folder, base)
     if base and base != running.base:
         raise fail(
             f"A server with base {running.base or 'dinghy'!r} is running on {folder}.",
@@ -166,10 +163,10 @@ def server_command(folder: Path, base: str) -> list[str]:
     return [*command, "--base", base] if base else command
 
 
-def _start(folder: Path, base: str, environment: Mapping[str, str]) -> RunningServer:
+def _start(folder: Path, base: str) -> RunningServer:
     log_path = folder / "server.log"
     command = server_command(folder, base)
-    variables = {**os.environ, "MOORING_LISTEN": "127.0.0.1:0", "MOORING_METRICS_LISTEN": "", **environment}
+    variables = {**os.environ, "MOORING_LISTEN": "127.0.0.1:0", "MOORING_METRICS_LISTEN": ""}
     with log_path.open("ab") as log:
         offset = log.tell()
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
