@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -116,7 +117,9 @@ class EvaluationConfig:
     def adapted_prompt(self, prompt: str) -> str:
         """The prompt as the adapted model gets it: `{}` becomes placeholder and class noun."""
         subject = f"{self.placeholder} {self.class_noun}".strip()
-        return prompt.replace(SUBJECT, subject) if SUBJECT in prompt else prompt
+        # "a {}" becomes "an animal" without a placeholder, as the prompt with one does when it loses it
+        prompt = re.sub(rf"\ban?\s+{re.escape(SUBJECT)}", f"{article(subject)} {SUBJECT}", prompt)
+        return prompt.replace(SUBJECT, subject)
 
     def base_prompt(self, prompt: str) -> str:
         """The prompt as the base and the judges' text tower get it: the class noun alone."""
