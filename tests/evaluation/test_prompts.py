@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from mooring_server.evaluation.config import EvaluationConfig
 
 
