@@ -35,7 +35,7 @@ def _weights(trainer):
 def test_resumed_equals_uninterrupted(world):
     whole = _trainer(world, "whole")
     assert whole.resume().startswith("nothing")
-    for _ in range(3):
+    for _ in range(2):
         whole.train_step()
     first = _trainer(world, "parts")
     first.train_step()
@@ -43,9 +43,8 @@ def test_resumed_equals_uninterrupted(world):
     branch("parts", "copy")
     second = _trainer(world, "copy")
     assert second.resume() == "checkpoint at step 1"
-    for _ in range(2):
-        second.train_step()
-    assert second.step == whole.step == 3
+    second.train_step()
+    assert second.step == whole.step == 2
     assert torch.equal(_weights(whole), _weights(second))
     assert not list((sources.cache_dir() / "parts").glob("*.part"))
 

@@ -32,7 +32,7 @@ def test_sample_depends_on_seed_and_index_only(sprites):
 
 def test_held_out_subjects_and_style_are_never_drawn(sprites):
     world = World(seed=0, sprites=sprites)
-    for i in range(3000):
+    for i in range(700):
         sample = world.sample(i)
         assert sprites.role[sample.sprite] != "held"
         if sprites.role[sample.sprite] == "named":
@@ -52,7 +52,7 @@ def test_every_class_noun_is_a_word_the_base_has_learnt():
 
 def test_captions_hold_only_trained_words(sprites):
     world = World(seed=1, sprites=sprites)
-    for i in range(500):
+    for i in range(250):
         assert unknown_words(world.sample(i).caption) == []
 
 

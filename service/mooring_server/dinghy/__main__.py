@@ -149,7 +149,7 @@ def curves(
     from .curves import draw, read_log
 
     cache, folder = sources.cache_dir(), Path(out)
-    base = {n: read_log(cache / n / "log.jsonl") for n in ("t2i", "t2i-decay") if (cache / n).exists()}
+    base = {p.parent.name: read_log(p) for p in sorted(cache.glob("t2i*/log.jsonl"))}
     draw(base, folder / "dinghy-curve-t2i.png", "text-to-image: weighted v loss against samples")
     rest = {n: read_log(cache / n / "log.jsonl") for n in ("vae", "clip", "dino") if (cache / n).exists()}
     draw(rest, folder / "dinghy-curve-others.png", "codec and judges: loss against samples")
