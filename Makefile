@@ -15,7 +15,7 @@ PYTHON  ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 
 
 # One thread per process: two OpenMP threads on a busy two-core machine spin on each other and a small UNet
 # step takes 16 times as long. The server chooses its own thread count (MOORING_THREADS).
-TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS ?=
 
 # uv does not read pip's settings: an index that pip was pointed at by its environment is handed on.
@@ -65,7 +65,7 @@ format: $(STAMP) ## let ruff fix what it can
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## the table of drift against budget (hours on 2 cores; see benchmarks/)
-	OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
 
 proto: $(STAMP) ## generate the Python stubs from proto/
 	$(BIN)/python -m tools.protos generate

@@ -124,8 +124,8 @@ def serve(
             threads=threads,
         )
         with announced(settings.state_dir) as announce:
-            # torch comes in here, and must know its threads before it does
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            # torch comes in here, and must know its threads before it does; how they wait is left to OpenMP:
+            # two threads that wait passively are slower than one (docs/decisions.md)
             os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
             os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries have no place in a log
             import asyncio
