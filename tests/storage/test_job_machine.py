@@ -16,7 +16,7 @@ from mooring_server.storage.store import Store
 from store_rows import publish
 
 LEASE = 10.0
-MAX_CRASHES = 3
+MAX_CRASHES = 2
 FINAL = {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
 MOVES = {
     None: {JobState.PENDING},
