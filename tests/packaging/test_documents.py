@@ -79,3 +79,8 @@ def test_paths_in_the_tree_of_the_readme_exist() -> None:
 def test_images_of_the_readme_exist() -> None:
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path
