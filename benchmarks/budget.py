@@ -59,6 +59,7 @@ class Bench:
     judges: Judges
     cache: EvaluationCache
     folder: Path
+    only_finished: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Subject:
     class_noun: str
     placeholder: str
     photos: tuple[Image.Image, ...]
+
+
+class Unfinished(Exception):  # noqa: N818 - an answer to --finished, not a fault
+    """A run is not among the kept ones."""
 
 
 class FileCheckpoint:
@@ -94,11 +99,12 @@ def main() -> None:
     """Run the benchmark."""
     options = _options()
     torch.set_num_threads(options.threads)
-    bench = _load(Path(options.base) if options.base else dinghy.base_dir())
+    bench = _load(Path(options.base) if options.base else dinghy.base_dir(), only_finished=options.finished)
     subjects = [_subject(name) for name in options.subjects]
     seeds = range(options.seeds)
     console = Console(stderr=True)
     rows: list[Row] = []
+    unfinished: list[str] = []
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -116,15 +122,18 @@ def main() -> None:
                 ) -> None:
                     progress.update(inner, description=f"  {label}: {what}", completed=done, total=total)
 
-                rows.append(_run(bench, subject, seed, options, tick))
+                try:
+                    rows.append(_run(bench, subject, seed, options, tick))
+                    console.print(_line(rows[-1]), highlight=False)
+                except Unfinished:
+                    unfinished.append(f"{subject.name} seed {seed}")
                 progress.advance(overall)
-                console.print(_line(rows[-1]), highlight=False)
     show(
         "budget",
         f"Drift on its budget ρ = {options.budget:g}, and what is kept (spectral against none)",
         rows,
-        notes=_NOTES,
-        summary=_summary(rows),
+        notes=(*_NOTES, *([f"Not run: {', '.join(unfinished)}."] if unfinished else [])),
+        summary=_summary(rows) if rows else {},
         options=options,
     )
 
@@ -147,6 +156,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--steps", type=int, help="training steps (default: 400)")
     options.add_argument("--threads", type=int, default=1, help="torch threads")
     options.add_argument("--base", help="directory of the base (default: the embedded one)")
+    options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
     options.add_argument("--report", type=Path, help="also write each run's report.html and grid.png here")
     chosen = options.parse_args()
     if chosen.quick:
@@ -159,7 +169,7 @@ def _options() -> argparse.Namespace:
     return chosen
 
 
-def _load(directory: Path) -> Bench:
+def _load(directory: Path, *, only_finished: bool) -> Bench:
     base = load_base(directory)
     return Bench(
         base=base,
@@ -167,6 +177,7 @@ def _load(directory: Path) -> Bench:
         judges=Judges.load(dinghy.clip_dir(), dinghy.dino_dir()),
         cache=EvaluationCache(),
         folder=ROOT / ".cache" / "benchmarks" / "budget",
+        only_finished=only_finished,
     )
 
 
@@ -307,6 +318,8 @@ def _trained(
     file = bench.folder / f"{subject.name}-{config.method}-{config.seed}-{key}.safetensors"
     if file.is_file():
         return from_safetensors(file.read_bytes(), bench.base)
+    if bench.only_finished:
+        raise Unfinished
     checkpoint = FileCheckpoint(file.with_suffix(".checkpoint"))
 
     def progress(now: TrainProgress) -> None:
@@ -342,6 +355,8 @@ def _evaluated(
     file = bench.folder / f"{subject.name}-{key}.json"
     if file.is_file():
         return EvaluationResult.from_json(json.loads(file.read_text()))
+    if bench.only_finished:
+        raise Unfinished
 
     def progress(now: EvaluationProgress) -> None:
         tick(now.step, now.steps)

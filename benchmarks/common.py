@@ -22,7 +22,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-WIDTH = 170
+WIDTH = 200
 """Columns of a table that is not printed on a terminal."""
 
 
