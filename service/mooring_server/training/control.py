@@ -22,7 +22,7 @@ from mooring_server.evaluation.probe import DriftProbe, DriftResult
 
 BACKOFF_TOLERANCE = 0.02
 """The back-off stops within [(1 - tolerance)·ρ, ρ]."""
-MAX_BACKOFF_MEASUREMENTS = 8
+MAX_BACKOFF_MEASUREMENTS = 12
 CALIBRATION_SHARES = (0.25, 0.5, 0.75)
 
 
