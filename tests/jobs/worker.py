@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -52,4 +53,5 @@ if __name__ == "__main__":
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     with running(Path(sys.argv[1]), Path(sys.argv[2])):
-        stopped.wait()
+        while not stopped.wait(0.5) and os.getppid() != 1:  # nobody waits for an orphan
+            pass
