@@ -112,7 +112,7 @@ def test_the_published_factors_measure_what_they_say(base, bank, photos):
     assert 0.02 * 0.97 <= result.drift.drift <= 0.02
     assert result.scale < 1.0
     assert float(json.loads(result.weights.metadata["scaled_down_by"])) == result.scale
-    assert json.loads(result.weights.metadata["drift"])["drift"] == result.drift.drift
+    assert json.loads(result.weights.metadata["drift"])["value"] == result.drift.drift
 
 
 def test_a_budget_that_is_not_reached_leaves_the_update_alone(base, bank, photos):
@@ -228,11 +228,15 @@ def test_progress_tells_phases_and_numbers(base, bank, photos):
     assert phases == ["caching", "prior", "probe", "training", "measuring"]
     training = [report for report in seen if report.phase == "training"]
     assert training[-1].step == config.steps
-    assert all(math.isfinite(report.loss) and report.drift >= 0 for report in training)
+    assert [report.step for report in training] == list(range(1, config.steps + 1))
+    assert all(math.isfinite(report.loss) for report in training)
+    measured = [report.drift is not None for report in training]
+    assert measured == [report.step >= config.probe_every for report in training]
     assert all(report.seconds_left >= 0 for report in training)
     assert training[-1].sigma_max > 0
     assert sum(len(report.previews) for report in seen) == 4
-    assert training[2].previews[0].shape == (base.native_size, base.native_size, 3)
+    drawn = next(report.previews[0] for report in training if report.previews)
+    assert drawn.shape == (base.native_size, base.native_size, 3)
 
 
 def test_targets_beyond_the_bank_are_refused(base, bank, photos):
