@@ -20,12 +20,12 @@ from worker import open_state, running
 CONFIG = {
     "method": "spectral",
     "budget": 0.05,
-    "steps": 120,
+    "steps": 300,
     "rank": 2,
     "batch_size": 2,
     "views": 2,
     "checkpoint_every": 10,
-    "preview_every": 60,
+    "preview_every": 150,
     "probe_every": 10,
     "probe_points": 8,
     "control_points": 4,
@@ -71,17 +71,20 @@ def interrupted(state: Path, base_dir: Path, job: Job, *, after_step: int, how: 
     store, objects = open_state(state)
     command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(state), str(base_dir)]
     with subprocess.Popen(command, env=os.environ | FACTORS) as process:
-        while True:
-            assert process.poll() is None
-            running_ = store.get_job("acme", job.job_id)
-            assert not running_.state.final, running_.error
-            progress = running_.progress or {}
-            saved = objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors")
-            if saved and progress.get("phase") == "training" and progress["step"] >= after_step:
-                break
-            time.sleep(0.01)
-        process.send_signal(how)
-        assert process.wait(60) == (-9 if how is signal.SIGKILL else 0)
+        try:
+            while True:
+                assert process.poll() is None
+                running_ = store.get_job("acme", job.job_id)
+                assert not running_.state.final, running_.error
+                progress = running_.progress or {}
+                saved = objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors")
+                if saved and progress.get("phase") == "training" and progress["step"] >= after_step:
+                    break
+                time.sleep(0.01)
+            process.send_signal(how)
+            assert process.wait(60) == (-9 if how is signal.SIGKILL else 0)
+        finally:
+            process.kill()  # a failed assertion must not leave Popen waiting for a worker without work
     after = store.get_job("acme", job.job_id)
     store.close()
     assert after.state is (JobState.RUNNING if how is signal.SIGKILL else JobState.PENDING)
