@@ -265,6 +265,7 @@ def generate(
                 "adapter_digest": done.adapter_digest if done else "",
                 "base_digest": done.base_digest if done else "",
                 "seconds": done.total_seconds if done else None,
+                "unknown_words": list(done.unknown_words) if done else [],
             }
         )
         return
@@ -273,6 +274,9 @@ def generate(
     if done:
         by = short(done.adapter) or "the base"
         out.print(f"{done.images} by {by} in {done.total_seconds:.1f} s", style="dim")
+        if done.unknown_words:
+            words = ", ".join(escape(word) for word in done.unknown_words)
+            err.print(f"this base was not trained on: {words}", style="yellow", soft_wrap=True)
 
 
 def evaluate(

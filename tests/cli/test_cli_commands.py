@@ -237,9 +237,8 @@ def test_generate_saves_images_and_previews(server: ScriptedServer, tmp_path: Pa
                     last=True,
                 )
             )
-        yield response(
-            done=personalization_pb2.GenerateDone(images=2, adapter="tenants/local/adapters/rex@3")
-        )
+        name, unknown = "tenants/local/adapters/rex@3", ["zeppelin", "[bold]"]
+        yield response(done=personalization_pb2.GenerateDone(images=2, adapter=name, unknown_words=unknown))
 
     server.answers["Generate"] = generate
     arguments = ["generate", "A <rex> dog/../here!", "-a", "rex", "-n", "2", "--seed", "7", "--previews", "5"]
@@ -252,8 +251,10 @@ def test_generate_saves_images_and_previews(server: ScriptedServer, tmp_path: Pa
     ]
     assert (seen[0].seed, seen[0].count, seen[0].preview_interval) == (7, 2, 5)
     assert "2 by rex@3" in result.stdout
+    assert "not trained on: zeppelin, [bold]" in result.stderr
     document = json.loads(run(server, *arguments, "-o", str(tmp_path), "--json").stdout)
     assert [image["seed"] for image in document["images"]] == [7, 8]
+    assert document["unknown_words"] == ["zeppelin", "[bold]"]
 
 
 # -- evaluation ---------------------------------------------------------------------------------------------

@@ -301,7 +301,8 @@ async def test_generate_puts_chunks_together_and_reports_progress(server: Script
         for index in (1, 0):  # images finish in any order
             for chunk in image_chunks(index, pictures[index], 100):
                 yield response(image=chunk)
-        done = personalization_pb2.GenerateDone(images=2, adapter="tenants/local/adapters/rex@1")
+        name, unknown = "tenants/local/adapters/rex@1", ["zeppelin"]
+        done = personalization_pb2.GenerateDone(images=2, adapter=name, unknown_words=unknown)
         done.total_time.FromMilliseconds(1500)
         yield response(done=done)
 
@@ -316,6 +317,7 @@ async def test_generate_puts_chunks_together_and_reports_progress(server: Script
     ]
     assert events[1].previews[0].width == 8
     assert events[-1].total_seconds == 1.5
+    assert events[-1].unknown_words == ("zeppelin",)
     images = await call("images", "a <rex> dog", adapter="rex", count=2)
     assert [image.data for image in images] == pictures
     assert [image.seed for image in images] == [7, 8]

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from mooring_server.engine.adapters import LearnedEmbeddings
-from mooring_server.engine.base import load_base
+from mooring_server.engine.base import WORDS_FILE, load_base
 from mooring_server.engine.model import PromptEmbeds
 from mooring_server.errors import MooringError, Reason
 from tiny_bases import save_tiny_sd
@@ -122,9 +122,22 @@ def test_a_prompt_that_does_not_fit_says_what_is_cut(base, base_sdxl):
 def test_words_outside_the_trained_ones_are_reported(tiny_sd15, tmp_path):
     root = tmp_path / "base"
     shutil.copytree(tiny_sd15, root)
-    (root / "trained_words.json").write_text(json.dumps(["a", "duck"]))
-    check = load_base(root).check_prompt("a Duck on <it>", LearnedEmbeddings({"<it>": (torch.zeros(1, 24),)}))
-    assert check.unknown_words == ["on"]
+    (root / WORDS_FILE).write_text(json.dumps(["a", "Duck", "red"]))
+    worded = load_base(root)
+    learned = LearnedEmbeddings({"<it>": (torch.zeros(1, 24),)})
+    assert worded.check_prompt("a Duck on <it>", learned).unknown_words == ["on"]
+    assert worded.check_prompt("a red-duck, a red-cat", learned).unknown_words == ["red-cat"]
+    assert worded.digest != load_base(tiny_sd15).digest, "the list is part of the base"
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '"a duck"'])
+def test_a_broken_list_of_words_is_refused(tiny_sd15, tmp_path, content):
+    root = tmp_path / "base"
+    shutil.copytree(tiny_sd15, root)
+    (root / WORDS_FILE).write_text(content)
+    with pytest.raises(MooringError, match=WORDS_FILE) as caught:
+        load_base(root)
+    assert caught.value.reason is Reason.BASE_NOT_USABLE
 
 
 def test_learned_tokens_act_at_their_place_and_leave_no_trace(base):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.server import EmbeddedServer
 from rpc_calls import Stubs, settings_for
+from tiny_bases import WORDS
 from tiny_judges import save_tiny_clip, save_tiny_vit
 from transformers import CLIPTokenizer
 
@@ -25,11 +28,21 @@ def tiny_judges(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="session")
+def worded_base(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with the list of words it was trained on beside its model_index.json."""
+    root = tmp_path_factory.mktemp("worded") / "base"
+    shutil.copytree(tiny_sd15, root)
+    (root / "trained_words.json").write_text(json.dumps(sorted(WORDS)))
+    return root
+
+
+@pytest.fixture(scope="session")
 def server(
-    tiny_sd15: Path, tiny_judges: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    worded_base: Path, tiny_judges: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[EmbeddedServer]:
     """One server for all tests that only call it."""
-    settings = settings_for(tiny_sd15, tmp_path_factory.mktemp("state"), max_batch_in_flight=4, **tiny_judges)
+    state = tmp_path_factory.mktemp("state")
+    settings = settings_for(worded_base, state, max_batch_in_flight=4, **tiny_judges)
     with EmbeddedServer(settings, metrics=True) as running:
         yield running
 

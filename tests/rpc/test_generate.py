@@ -99,6 +99,25 @@ def test_every_setting_changes_the_image(stubs):
     assert drawn(generate(stubs, width=40, height=24))[0].shape == (24, 40, 3)
 
 
+@pytest.mark.parametrize(
+    ("request_", "unknown"),
+    [
+        ({"prompt": "a red duck on the beach"}, []),
+        ({"prompt": "a Zebra on grass"}, ["zebra"]),
+        ({"prompt": "a red-blue duck", "negative_prompt": "ugly snow"}, ["ugly"]),
+        ({"prompt": "an odd duck", "negative_prompt": "Odd"}, ["odd"]),
+    ],
+)
+def test_words_that_mean_nothing_to_the_base_are_named_in_the_answer(stubs, request_, unknown):
+    assert list(generate(stubs, **request_)[-1].done.unknown_words) == unknown
+
+
+def test_a_learned_placeholder_is_no_unknown_word(stubs, runtime):
+    publish(runtime, "speaker", placeholder="<zebra>")
+    done = generate(stubs, prompt="a <zebra> duck", adapter="tenants/local/adapters/speaker")[-1].done
+    assert not done.unknown_words
+
+
 def test_an_adapter_changes_the_image_by_its_scale_and_the_base_stays(stubs, runtime):
     publish(runtime, "painter")
     base = drawn(generate(stubs))[0]

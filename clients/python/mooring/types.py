@@ -81,6 +81,7 @@ class Done:
         base_digest: digest of the base model.
         queue_seconds: from the request's arrival to its first step.
         total_seconds: from the request's arrival to its last image.
+        unknown_words: words of the prompts that mean nothing to the base, as far as it can tell.
     """
 
     images: int
@@ -89,6 +90,7 @@ class Done:
     base_digest: str
     queue_seconds: float
     total_seconds: float
+    unknown_words: tuple[str, ...] = ()
 
 
 GenerateEvent = Queued | Progress | Image | Done
@@ -250,6 +252,7 @@ def done_of(message: personalization_pb2.GenerateDone) -> Done:
         base_digest=message.base_digest,
         queue_seconds=message.queue_time.ToTimedelta() / timedelta(seconds=1),
         total_seconds=message.total_time.ToTimedelta() / timedelta(seconds=1),
+        unknown_words=tuple(message.unknown_words),
     )
 
 

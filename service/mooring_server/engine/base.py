@@ -19,6 +19,9 @@ from mooring_server.errors import MooringError, Reason
 
 __all__ = ["SAMPLERS", "BaseModel", "PromptCheck", "PromptEmbeds", "digest_of", "load_base"]
 
+WORDS_FILE = "trained_words.json"
+"""Beside model_index.json, for bases of a small vocabulary: a JSON list of the training captions' words."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SD = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _SDXL = (*_SD, "text_encoder_2", "tokenizer_2")
@@ -71,7 +74,6 @@ def load_base(
     for part, module in loaded.items():
         if isinstance(module, torch.nn.Module):
             loaded[part] = module.to(device)
-    words = root / "trained_words.json"
     base = BaseModel(
         kind=kind,
         digest=digest_of(root, components),
@@ -81,7 +83,7 @@ def load_base(
         vae=loaded["vae"],
         scheduler_config=loaded["scheduler"],
         zero_negative=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
-        trained_words=frozenset(json.loads(words.read_text())) if words.is_file() else None,
+        trained_words=_trained_words(root / WORDS_FILE),
         autocast=autocast,
     )
     _require_supported(base)
@@ -90,7 +92,7 @@ def load_base(
 
 def digest_of(root: Path, components: tuple[str, ...]) -> str:
     """`sha256:…` over names, sizes and bytes of the files that make up the base."""
-    files = [root / "model_index.json", root / "trained_words.json"]
+    files = [root / "model_index.json", root / WORDS_FILE]
     for component in components:
         found = (root / component).iterdir()
         files += [path for path in found if path.suffix in {".json", ".txt", ".safetensors"}]
@@ -143,6 +145,19 @@ def _load_component(folder: Path, part: str, dtype: torch.dtype) -> Any:
     if name not in kinds:
         raise ValueError(f"VAEs of class {name} are not supported; AutoencoderKL and AutoencoderTiny are")
     return kinds[name].from_pretrained(folder, torch_dtype=torch.float32, **options)
+
+
+def _trained_words(path: Path) -> frozenset[str] | None:
+    """The words that the base lists, in lower case; None where it lists none."""
+    if not path.is_file():
+        return None
+    try:
+        words = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _not_usable(f"{path} cannot be read as JSON: {error}") from error
+    if not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise _not_usable(f"{path} is not a JSON list of words.")
+    return frozenset(word.lower() for word in words)
 
 
 def _require_supported(base: BaseModel) -> None:

@@ -181,7 +181,12 @@ class BaseModel:
         unknown = list(dict.fromkeys(word for tokens in every for word in tokens.unknown))
         if self.trained_words is not None:
             words = dict.fromkeys(words_of(prompt, placeholders))
-            unknown = [word for word in words if word not in self.trained_words]
+            # "close-up" is known where "close" and "up" are
+            unknown = [
+                word
+                for word in words
+                if word not in self.trained_words and not self.trained_words.issuperset(word.split("-"))
+            ]
         return PromptCheck(len(worst.ids), limit, cut, unknown)
 
     def require_prompt_fits(

@@ -30,10 +30,12 @@ class Prepared:
 
     Attributes:
         adapter: name of the adapter version, empty for the base alone.
+        unknown_words: words of both prompts that mean nothing to the base, in order.
     """
 
     request: GenerationRequest
     adapter: str = ""
+    unknown_words: tuple[str, ...] = ()
 
     @property
     def adapter_digest(self) -> str:
@@ -80,7 +82,10 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
         preview_interval=message.preview_interval,
     )
     request.validate(runtime.base)
-    return Prepared(request, adapter_name)
+    learned = None if weights is None else weights.embeddings
+    checks = [runtime.base.check_prompt(text, learned) for text in (request.prompt, request.negative_prompt)]
+    unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
+    return Prepared(request, adapter_name, tuple(unknown))
 
 
 def sampler_name(value: int) -> str:

@@ -321,6 +321,7 @@ def _done(runtime: Runtime, prepared: Prepared, watch: Stopwatch) -> pb.Generate
         base_digest=runtime.base.digest,
         queue_time=_duration(watch.queued),
         total_time=_duration(watch.total),
+        unknown_words=prepared.unknown_words,
     )
 
 

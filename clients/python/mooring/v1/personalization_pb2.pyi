@@ -599,6 +599,7 @@ class GenerateDone(_message.Message):
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
     TOTAL_TIME_FIELD_NUMBER: _builtins.int
+    UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
     images: _builtins.int
     """Images drawn."""
     adapter: _builtins.str
@@ -615,6 +616,12 @@ class GenerateDone(_message.Message):
     def total_time(self) -> _duration_pb2.Duration:
         """Time from the request's arrival to its last image."""
 
+    @_builtins.property
+    def unknown_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A warning: the words of prompt and negative prompt that mean nothing to the base, in order of appearance, in
+        lower case where the base lists the words it was trained on. Empty: none, or the base cannot tell.
+        """
+
     def __init__(
         self,
         *,
@@ -624,10 +631,11 @@ class GenerateDone(_message.Message):
         base_digest: _builtins.str = ...,
         queue_time: _duration_pb2.Duration | None = ...,
         total_time: _duration_pb2.Duration | None = ...,
+        unknown_words: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "queue_time", b"queue_time", "total_time", b"total_time", "unknown_words", b"unknown_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
