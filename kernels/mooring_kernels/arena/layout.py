@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -30,21 +31,23 @@ class LayerShape:
         name: the module's dotted path; unique in a layout.
         out: rows of W.
         in_: columns of W (for a convolution: in · kh · kw, flattened).
+        rank: rank of this layer's factors where it is smaller than the layout's; None for the layout's.
     """
 
     name: str
     out: int
     in_: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
 class ShapeGroup:
-    """All layers of one shape: `n` blocks, `stride` elements apart, A then B in each.
+    """All layers of one shape and rank: `n` blocks, `stride` elements apart, A then B in each.
 
     Args:
         out: rows of W.
         in_: columns of W.
-        rank: rank of the layout.
+        rank: of these layers.
         indices: positions of these layers in `ArenaLayout.layers`, in buffer order.
         offset: element at which the first block starts.
         stride: elements from one block to the next.
@@ -78,15 +81,17 @@ class ArenaLayout:
 
     Args:
         layers: the adapted matrices; names must be unique, dimensions positive.
-        rank: common rank r ≥ 1 (smaller adapters are padded with zeros by the bank).
+        rank: rank r ≥ 1 of every layer that names none of its own (smaller adapters are padded with zeros
+            by the bank).
 
     Attributes:
         layers: the layers in the order given; per-layer results follow this order.
         rank: r.
+        ranks: rank of each layer, in the order of `layers`.
         size: elements of one flat buffer, padding included. Padding is zero and stays zero.
 
     Raises:
-        ValueError: on no layers, a repeated name, or a dimension below 1.
+        ValueError: on no layers, a repeated name, a dimension below 1, or a layer's rank outside 1 … r.
     """
 
     def __init__(self, layers: Sequence[LayerShape], rank: int) -> None:
@@ -101,20 +106,30 @@ class ArenaLayout:
         for layer in layers:
             if layer.out < 1 or layer.in_ < 1:
                 raise ValueError(f"{layer.name}: dimensions must be positive, not {layer.out} x {layer.in_}")
+            if layer.rank is not None and not 1 <= layer.rank <= rank:
+                raise ValueError(f"{layer.name}: rank must be between 1 and {rank}, not {layer.rank}")
         self.layers = tuple(layers)
         self.rank = rank
+        self.ranks = tuple(rank if layer.rank is None else layer.rank for layer in self.layers)
         self.groups, self.size = self._place()
 
     def _place(self) -> tuple[tuple[ShapeGroup, ...], int]:
         groups: list[ShapeGroup] = []
         offset = 0
-        for out, in_ in sorted({(layer.out, layer.in_) for layer in self.layers}):
-            members = tuple(i for i, layer in enumerate(self.layers) if (layer.out, layer.in_) == (out, in_))
-            b_offset = _align(self.rank * in_)
-            stride = b_offset + _align(self.rank * out)
-            groups.append(ShapeGroup(out, in_, self.rank, members, offset, stride, b_offset))
-            offset += stride * len(members)
+        members: dict[tuple[int, int, int], list[int]] = {}
+        for index, (layer, rank) in enumerate(zip(self.layers, self.ranks, strict=True)):
+            members.setdefault((layer.out, layer.in_, rank), []).append(index)
+        for (out, in_, rank), indices in sorted(members.items()):
+            b_offset = _align(rank * in_)
+            stride = b_offset + _align(rank * out)
+            groups.append(ShapeGroup(out, in_, rank, tuple(indices), offset, stride, b_offset))
+            offset += stride * len(indices)
         return tuple(groups), offset
+
+    @cached_property
+    def cache(self) -> dict[Hashable, Any]:
+        """Things derived from the layout that an operator keeps between calls (tables on a device)."""
+        return {}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -151,17 +166,20 @@ class ArenaLayout:
         if flat.shape[-1] != self.size:
             raise ValueError(f"this layout's buffers have {self.size} elements, not {flat.shape[-1]}")
         shaped: dict[str, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
+        for layer, rank in zip(self.layers, self.ranks, strict=True):
             a_at, b_at = self.offsets[layer.name]
             shaped[layer.name] = (
-                _view(flat, a_at, (self.rank, layer.in_)),
-                _view(flat, b_at, (layer.out, self.rank)),
+                _view(flat, a_at, (rank, layer.in_)),
+                _view(flat, b_at, (layer.out, rank)),
             )
         return shaped
 
     def to_json(self) -> str:
         """Canonical JSON of the layout; `from_json` is its inverse."""
-        layers = [[layer.name, layer.out, layer.in_] for layer in self.layers]
+        layers = [
+            [layer.name, layer.out, layer.in_, *([] if layer.rank is None else [layer.rank])]
+            for layer in self.layers
+        ]
         return json.dumps({"rank": self.rank, "layers": layers}, separators=(",", ":"))
 
     @staticmethod
@@ -176,7 +194,7 @@ class ArenaLayout:
         """
         try:
             document = json.loads(text)
-            layers = [LayerShape(str(name), int(out), int(in_)) for name, out, in_ in document["layers"]]
+            layers = [_layer(*row) for row in document["layers"]]
             rank = int(document["rank"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not an arena layout: {error}") from error
@@ -192,6 +210,10 @@ class ArenaLayout:
 
     def __repr__(self) -> str:
         return f"ArenaLayout({len(self.layers)} layers, rank {self.rank}, {self.size} elements)"
+
+
+def _layer(name: object, out: int, in_: int, rank: int | None = None) -> LayerShape:
+    return LayerShape(str(name), int(out), int(in_), None if rank is None else int(rank))
 
 
 def _align(elements: int) -> int:

@@ -2,6 +2,26 @@
 
 from __future__ import annotations
 
-from mooring_kernels.spectral.op import KINDS, Kind, SpectralState, add_gradient_, penalty, value
+from mooring_kernels.spectral.op import (
+    KINDS,
+    Backend,
+    Kind,
+    SpectralState,
+    add_gradient_,
+    decay_,
+    penalty,
+    spectral_penalty,
+    value,
+)
 
-__all__ = ["KINDS", "Kind", "SpectralState", "add_gradient_", "penalty", "value"]
+__all__ = [
+    "KINDS",
+    "Backend",
+    "Kind",
+    "SpectralState",
+    "add_gradient_",
+    "decay_",
+    "penalty",
+    "spectral_penalty",
+    "value",
+]

@@ -1,35 +1,36 @@
-"""The penalties of `reference.py` for a whole network, batched by layer shape, in r-space.
+"""The penalties of `reference.py` for a whole network: what callers use.
 
-Gram route: with G_A = A·Aᵀ and G_B = Bᵀ·B (both r×r) the squared singular values of B·A are the eigenvalues
-of M = G_B·G_A, so no matrix larger than r×r is ever decomposed. M is squared `SQUARINGS` times (normalised
-by its trace each time), which leaves the leading eigenvector y in its columns; then
+One interface, two paths: Triton on CUDA (`kernels.py`: three launches, float32 accumulation, no host
+synchronisation) and batched PyTorch everywhere else (`torch_path.py`: float64 solve). Both give values and
+gradients of every layer, for one flat buffer `[size]` or for chosen slots of a whole bank `[S, size]`.
 
-    z = G_A·y,  q = G_B·z,  n² = yᵀz,  σ² = zᵀq/n²,
-    ∂σ²/∂B = 2/n² · (B·z)·zᵀ,     ∂σ²/∂A = 2/n² · q·(yᵀA),
+A strength λ is a number, a 0-d tensor, or one value per slot `[T]`; a tensor is read where it lies, so a
+controller may change it between replays of a CUDA graph. Values that are not finite are not looked for here
+(that would wait for the device): they come out as NaN norms of the layer. `check_finite` names the layer.
 
-and ‖BA‖_F² = ⟨G_A, G_B⟩ comes free. The solve runs in float64: it is a few kilobytes, and an
-under-resolved σ (as a cold power iteration gives) would let the largest direction grow unpunished. At B = 0
-values and gradients are exactly zero. Every product has a fixed order, so results are reproducible bit for
-bit on one machine.
+Shape legend: L layers, S slots of the bank, T slots that are handled.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mooring_kernels.arena import ArenaLayout
+from mooring_kernels.spectral import torch_path
+
+if TYPE_CHECKING:
+    from mooring_kernels.spectral.plan import Plan
 
 Kind = Literal["spectral", "l2", "factor_decay"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-SQUARINGS = 12
-"""M^(2^12): two values 0.1 % apart are separated by a factor of e⁸ in squared singular value."""
-POLISH_STEPS = 3
-_TINY = 1e-300
+Backend = Literal["auto", "torch", "triton"]
+Slots = Tensor | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class SpectralState:
     """Per-layer norms of ΔW, in the order of `ArenaLayout.layers`.
 
     Args:
-        sigma2: `[L]` float64, σ_max(B_l A_l)².
-        fro2: `[L]` float64, ‖B_l A_l‖_F².
+        sigma2: `[L]` (one buffer) or `[T, L]` (a bank): σ_max(B_l A_l)². float64, or float32 from Triton.
+        fro2: likewise ‖B_l A_l‖_F².
     """
 
     sigma2: Tensor
@@ -46,133 +47,337 @@ class SpectralState:
 
     @property
     def sigma_max(self) -> float:
-        """The largest operator norm of any layer's update."""
+        """The largest operator norm of any layer's update. Waits for the device."""
         return float(self.sigma2.max().sqrt())
 
 
-@dataclass(frozen=True)
-class _Solved:
-    gram_a: Tensor  # [n, r, r] float64
-    gram_b: Tensor
-    y: Tensor  # [n, r, 1] float64
-    z: Tensor
-    q: Tensor
-    inverse_n2: Tensor  # [n, 1, 1], zero where ΔW is zero
-    sigma2: Tensor  # [n]
-    fro2: Tensor
-
-
-def penalty(layout: ArenaLayout, flat: Tensor) -> SpectralState:
+def penalty(
+    layout: ArenaLayout, flat: Tensor, *, slots: Slots = None, backend: Backend = "auto"
+) -> SpectralState:
     """σ_max² and ‖·‖_F² of every layer's update.
 
     Args:
         layout: of `flat`.
-        flat: factors `[size]`, float32 or float64.
+        flat: factors `[size]`, or a bank `[S, size]`; float32, bfloat16, or float64 (PyTorch path only).
+        slots: rows of the bank to look at; all when absent.
+        backend: `auto` takes Triton for CUDA tensors.
+
+    Raises:
+        ValueError: on a buffer that is not this layout's, or a backend that cannot handle it.
     """
-    state = _empty_state(layout, flat)
+    bank = _Bank(layout, flat, slots, backend)
     with torch.no_grad():
-        for group in layout.groups:
-            a, b = group.views(flat)
-            _scatter(state, group.indices, _solve(a, b))
-    return state
+        if bank.triton:
+            return bank.state(*bank.measure())
+        rows = [torch_path.norms(layout, bank.flat[slot]) for slot in bank.host_slots]
+        return bank.state(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]))
 
 
 def value(
     layout: ArenaLayout, flat: Tensor, kind: Kind, state: SpectralState, weights: Tensor | None = None
 ) -> float:
-    """The penalty P of `kind` from a state that was computed for `flat`."""
-    if kind == "factor_decay":
-        with torch.no_grad():
-            squares = [a.square().sum() + b.square().sum() for a, b in layout.views(flat).values()]
-            terms = torch.stack(squares).double()
-    else:
-        terms = state.sigma2 if kind == "spectral" else state.fro2
-    return float(terms.sum() if weights is None else (terms * weights.to(terms)).sum())
+    """The penalty P of `kind` from a state that was computed for `flat`: summed over layers and slots.
+
+    Waits for the device; `spectral_penalty` does not.
+    """
+    return float(_total(_terms(layout, flat, kind, state), weights))
 
 
 def add_gradient_(
     layout: ArenaLayout,
     flat: Tensor,
     flat_grad: Tensor,
-    lam: float,
+    lam: float | Tensor,
     *,
     kind: Kind = "spectral",
     weights: Tensor | None = None,
+    slots: Slots = None,
+    backend: Backend = "auto",
 ) -> SpectralState:
-    """Add λ·∂P/∂flat to `flat_grad` in place.
+    """Add λ·∂P/∂flat to `flat_grad` in place (coupled: the optimiser sees it).
 
     Args:
         layout: of both buffers.
-        flat: factors `[size]`.
-        flat_grad: gradient `[size]`, changed in place; its padding is left untouched.
-        lam: strength λ ≥ 0; with 0 nothing is added and the state is still returned (telemetry).
+        flat: factors `[size]`, or a bank `[S, size]`.
+        flat_grad: `[size]`, or `[T, size]`: row t belongs to `slots[t]`. Padding is left untouched.
+        lam: strength λ ≥ 0: a number, 0-d or `[T]`. With the number 0 nothing is added and the state is
+            still returned (telemetry).
         kind: which penalty.
         weights: `[L]` layer weights w_l ≥ 0; ones when absent.
+        slots: rows of the bank that are trained; all when absent.
+        backend: `auto` takes Triton for CUDA tensors.
 
     Returns:
         The norms of `flat`, whatever the kind.
 
     Raises:
-        ValueError: on an unknown kind.
+        ValueError: on an unknown kind, or buffers that do not fit.
     """
+    bank = _Bank(layout, flat, slots, backend)
+    target = flat_grad if flat_grad.ndim == 2 else flat_grad.unsqueeze(0)
+    if target.shape != (bank.count, layout.size):
+        raise ValueError(f"flat_grad {list(flat_grad.shape)} has not one row for each of {bank.count} slots")
+    return _share(bank, target, lam, None, kind, weights, in_bank=False)
+
+
+def decay_(
+    layout: ArenaLayout,
+    flat: Tensor,
+    lam: float | Tensor,
+    rate: float | Tensor,
+    *,
+    kind: Kind = "spectral",
+    weights: Tensor | None = None,
+    slots: Slots = None,
+    backend: Backend = "auto",
+) -> SpectralState:
+    """Subtract rate·λ·∂P/∂flat from the parameters themselves (decoupled "spectral decay").
+
+    As AdamW decouples weight decay (arXiv 1711.05101): the step is not rescaled by Adam's moments.
+
+    Args:
+        layout: of `flat`.
+        flat: `[size]` or `[S, size]`, changed in place; bfloat16 loses steps below its resolution.
+        lam: as for `add_gradient_`.
+        rate: learning rate, a number or a 0-d tensor.
+        kind: as for `add_gradient_`, and so are the others.
+        weights: layer weights.
+        slots: rows to change.
+        backend: which path.
+
+    Returns:
+        The norms before the step.
+
+    Raises:
+        ValueError: as `add_gradient_`.
+    """
+    bank = _Bank(layout, flat, slots, backend)
+    return _share(bank, bank.flat, lam, rate, kind, weights, in_bank=True)
+
+
+def spectral_penalty(
+    layout: ArenaLayout,
+    flat: Tensor,
+    *,
+    kind: Kind = "spectral",
+    lam: float | Tensor = 1.0,
+    weights: Tensor | None = None,
+    slots: Slots = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """λ·P as a 0-d tensor that autograd can differentiate with respect to `flat`.
+
+    Args:
+        layout: of `flat`.
+        flat: `[size]` or `[S, size]`.
+        kind: which penalty.
+        lam: as for `add_gradient_`; it receives no gradient.
+        weights: as for `add_gradient_`, and so are the others.
+        slots: rows that count.
+        backend: which path.
+
+    Raises:
+        ValueError: as `add_gradient_`.
+    """
+    found: Tensor = _Penalty.apply(flat, layout, kind, lam, weights, slots, backend)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Penalty(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        flat: Tensor,
+        layout: ArenaLayout,
+        kind: Kind,
+        lam: float | Tensor,
+        weights: Tensor | None,
+        slots: Slots,
+        backend: Backend,
+    ) -> Tensor:
+        bank = _Bank(layout, flat.detach(), slots, backend)
+        rows = torch.zeros(bank.count, layout.size, dtype=flat.dtype, device=flat.device)
+        state = _share(bank, rows, 1.0, None, kind, weights, in_bank=False)
+        terms = _terms(layout, bank.rows(), kind, state).view(bank.count, -1)
+        ctx.single = flat.ndim == 1
+        ctx.shape = flat.shape
+        strength = torch.as_tensor(lam, dtype=terms.dtype, device=flat.device)
+        ctx.save_for_backward(rows, strength, bank.device_slots.long())
+        per_slot = (terms if weights is None else terms * weights.to(terms)).sum(-1)
+        return (per_slot * strength).sum().to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, strength, slots = ctx.saved_tensors
+        scaled = rows * (outputs[0] * strength).to(rows.dtype).reshape(-1, 1)
+        if ctx.single:
+            return (scaled[0], *[None] * 6)
+        full = torch.zeros(ctx.shape, dtype=rows.dtype, device=rows.device)
+        return (full.index_copy(0, slots, scaled), *[None] * 6)
+
+
+class _Bank:
+    """The arguments, brought to one form: a bank `[S, size]` and T slots."""
+
+    def __init__(self, layout: ArenaLayout, flat: Tensor, slots: Slots, backend: Backend) -> None:
+        if flat.shape[-1] != layout.size or flat.ndim > 2:
+            raise ValueError(f"this layout's buffers have {layout.size} elements, not {list(flat.shape)}")
+        if flat.ndim == 1 and slots is not None:
+            raise ValueError("slots are given for a single buffer")
+        self.layout = layout
+        self.single = flat.ndim == 1
+        self.flat = flat.unsqueeze(0) if self.single else flat
+        self.slots = slots
+        self.count = self.flat.shape[0] if slots is None else len(slots)
+        self.triton = _choose(self.flat, backend)
+
+    @property
+    def host_slots(self) -> Sequence[int]:
+        """Slots as numbers, for the PyTorch path."""
+        if self.slots is None:
+            return range(self.count)
+        return self.slots.tolist() if isinstance(self.slots, Tensor) else self.slots
+
+    @property
+    def device_slots(self) -> Tensor:
+        """int32 `[T]` on the device; a list is copied there once."""
+        if self.slots is None:
+            return self.plan.sequence if self.triton else torch.arange(self.count, device=self.flat.device)
+        if isinstance(self.slots, Tensor):
+            return self.slots.to(torch.int32)
+        key = ("slots", self.flat.device, tuple(self.slots))
+        known: Tensor | None = self.layout.cache.get(key)
+        if known is None:
+            known = torch.tensor(self.slots, dtype=torch.int32, device=self.flat.device)
+            self.layout.cache[key] = known
+        return known
+
+    @property
+    def plan(self) -> Plan:
+        """Tables and scratch, made once for each number of slots."""
+        from mooring_kernels.spectral.plan import Plan
+
+        key = ("plan", self.flat.device, self.count)
+        known: Plan | None = self.layout.cache.get(key)
+        if known is None:
+            known = Plan(self.layout, self.flat.device, self.count)
+            self.layout.cache[key] = known
+        return known
+
+    def rows(self) -> Tensor:
+        """The handled rows, `[T, size]`."""
+        return self.flat if self.slots is None else self.flat.index_select(0, self.device_slots)
+
+    def state(self, sigma2: Tensor, fro2: Tensor) -> SpectralState:
+        return SpectralState(sigma2[0], fro2[0]) if self.single else SpectralState(sigma2, fro2)
+
+    def measure(self, *, grams: bool = False) -> tuple[Tensor, Tensor]:
+        """Gram and solve."""
+        from mooring_kernels.spectral import launch
+
+        norms = torch.empty(2, self.count, len(self.layout.layers), device=self.flat.device)
+        launch.gram(self.plan, self.flat, self.device_slots)
+        launch.solve(self.plan, norms[0], norms[1], grams=grams)
+        return norms[0], norms[1]
+
+    def strength(self, lam: float | Tensor) -> tuple[Tensor, float]:
+        """λ as `[T]` on the device and a factor of the host."""
+        if isinstance(lam, Tensor):
+            return lam.to(self.flat.device).expand(self.count).contiguous(), 1.0
+        return self.plan.ones, float(lam)
+
+
+def _share(
+    bank: _Bank,
+    target: Tensor,
+    lam: float | Tensor,
+    rate: float | Tensor | None,
+    kind: Kind,
+    weights: Tensor | None,
+    *,
+    in_bank: bool,
+) -> SpectralState:
     if kind not in KINDS:
         raise ValueError(f"unknown penalty {kind!r}; one of {', '.join(KINDS)}")
-    state = _empty_state(layout, flat)
     with torch.no_grad():
-        for group in layout.groups:
-            a, b = group.views(flat)
-            grad_a, grad_b = group.views(flat_grad)
-            solved = _solve(a, b)
-            _scatter(state, group.indices, solved)
-            if lam == 0.0:
-                continue
-            w = torch.full((len(group.indices), 1, 1), 2.0 * lam, dtype=torch.float64, device=flat.device)
-            if weights is not None:
-                w *= weights[list(group.indices)].to(w).view(-1, 1, 1)
-            if kind == "spectral":
-                k = w * solved.inverse_n2
-                grad_b.baddbmm_(b @ solved.z.to(b.dtype), (k * solved.z).to(b.dtype).mT)
-                grad_a.baddbmm_((k * solved.q).to(a.dtype), solved.y.to(a.dtype).mT @ a)
-            elif kind == "l2":
-                grad_b.baddbmm_(b, (w * solved.gram_a).to(b.dtype))
-                grad_a.baddbmm_((w * solved.gram_b).to(a.dtype), a)
-            else:
-                grad_a.addcmul_(a, w.to(a.dtype))
-                grad_b.addcmul_(b, w.to(b.dtype))
-    return state
+        if bank.triton:
+            return _share_triton(bank, target, lam, rate, kind, weights, in_bank=in_bank)
+        step: float | Tensor = 1.0 if rate is None else -rate
+        found = []
+        for row, slot in enumerate(bank.host_slots):
+            mine = lam[row] if isinstance(lam, Tensor) and lam.ndim else lam
+            found.append(
+                torch_path.add_share_(
+                    bank.layout,
+                    bank.flat[slot],
+                    target[slot if in_bank else row],
+                    mine * step,
+                    kind=kind,
+                    weights=weights,
+                )
+            )
+        return bank.state(torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]))
 
 
-def _solve(a: Tensor, b: Tensor) -> _Solved:
-    gram_a = (a @ a.mT).double()
-    gram_b = (b.mT @ b).double()
-    product = gram_b @ gram_a
-    power = _normalised(product)
-    for _ in range(SQUARINGS):
-        power = _normalised(power @ power)
-    column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    y = power.gather(-1, column[:, None, None].expand(-1, power.shape[-2], 1))
-    for _ in range(POLISH_STEPS):
-        y = product @ y
-        y = y / y.abs().amax(-2, keepdim=True).clamp_min(_TINY)
-    z = gram_a @ y
-    q = gram_b @ z
-    n2 = (y * z).sum((-2, -1), keepdim=True)
-    inverse_n2 = torch.where(n2 > _TINY, 1.0 / n2.clamp_min(_TINY), torch.zeros_like(n2))
-    sigma2 = ((z * q).sum((-2, -1), keepdim=True) * inverse_n2).flatten()
-    return _Solved(gram_a, gram_b, y, z, q, inverse_n2, sigma2, (gram_a * gram_b).sum((-2, -1)))
+def _share_triton(
+    bank: _Bank,
+    target: Tensor,
+    lam: float | Tensor,
+    rate: float | Tensor | None,
+    kind: Kind,
+    weights: Tensor | None,
+    *,
+    in_bank: bool,
+) -> SpectralState:
+    from mooring_kernels.spectral import launch
+
+    sigma2, fro2 = bank.measure(grams=kind == "l2")
+    plan = bank.plan
+    strength, scale = bank.strength(lam)
+    step = plan.ones
+    if isinstance(rate, Tensor):
+        step, scale = rate, -scale
+    elif rate is not None:
+        scale *= -rate
+    if scale != 0.0:
+        launch.grad(
+            plan,
+            bank.flat,
+            target,
+            bank.device_slots,
+            bank.device_slots if in_bank else plan.sequence,
+            kind=kind,
+            strength=strength,
+            weights=plan.ones if weights is None else weights,
+            rate=step,
+            scale=scale,
+        )
+    return bank.state(sigma2, fro2)
 
 
-def _normalised(m: Tensor) -> Tensor:
-    trace = m.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return m / trace.clamp_min(_TINY)[:, None, None]
+def _terms(layout: ArenaLayout, flat: Tensor, kind: Kind, state: SpectralState) -> Tensor:
+    """Per-layer values of the penalty, `[L]` or `[T, L]`."""
+    if kind == "spectral":
+        return state.sigma2
+    if kind == "l2":
+        return state.fro2
+    with torch.no_grad():
+        if flat.ndim == 1:
+            return torch_path.squares(layout, flat)
+        return torch.stack([torch_path.squares(layout, row) for row in flat])
 
 
-def _empty_state(layout: ArenaLayout, flat: Tensor) -> SpectralState:
-    norms = torch.zeros(2, len(layout.layers), dtype=torch.float64, device=flat.device)
-    return SpectralState(norms[0], norms[1])
+def _total(terms: Tensor, weights: Tensor | None) -> Tensor:
+    return terms.sum() if weights is None else (terms * weights.to(terms)).sum()
 
 
-def _scatter(state: SpectralState, indices: tuple[int, ...], solved: _Solved) -> None:
-    at = list(indices)
-    state.sigma2[at] = solved.sigma2
-    state.fro2[at] = solved.fro2
+def _choose(flat: Tensor, backend: Backend) -> bool:
+    """Whether Triton runs."""
+    supported = flat.dtype in {torch.float32, torch.bfloat16}
+    if backend == "triton":
+        if not supported:
+            raise ValueError(f"the Triton kernels take float32 and bfloat16, not {flat.dtype}")
+        if not flat.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("the Triton kernels need a CUDA tensor")
+        return True
+    return backend == "auto" and flat.is_cuda and supported
