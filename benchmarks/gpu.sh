@@ -15,12 +15,14 @@ timeout 150 python -m benchmarks.spectral_tiles --out "$out/tiles.json" 2>&1 | t
 case "${1:-smoke}" in
 smoke) timeout 150 python -m benchmarks.spectral_tiles --sweep --cases SDXL:16 --out "$out/sweep16.json" ;;
 full)
+	# once side by side to fill the compiler's cache, then one after the other, undisturbed
 	for case in SDXL:16 SDXL:64 SDXL:128; do
-		python -m benchmarks.spectral_tiles --sweep --cases "$case" --out "$out/sweep-$case.json" \
-			>"$out/sweep-$case.txt" 2>&1 &
+		timeout 200 python -m benchmarks.spectral_tiles --sweep --cases "$case" >/dev/null 2>&1 &
 	done
 	wait
-	cat "$out"/sweep-*.txt
+	for case in SDXL:16 SDXL:64 SDXL:128; do
+		timeout 100 python -m benchmarks.spectral_tiles --sweep --cases "$case" --out "$out/sweep-$case.json"
+	done
 	;;
 esac 2>&1 | tee "$out/sweep.txt"
 exit $status
