@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -127,9 +128,13 @@ def show(
     if options.json:
         sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     else:
+        from rich.console import Console  # here: on a borrowed machine `--json` does without rich
+
         wide = None if sys.stdout.isatty() else WIDTH
         _print(Console(width=wide), title, rows, notes, summary, machine)
     if options.save:
+        from rich.console import Console
+
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
         with (RESULTS / f"{name}.txt").open("w") as file:
@@ -144,6 +149,8 @@ def _print(
     summary: dict[str, float | str | None] | None,
     machine: Machine,
 ) -> None:
+    from rich.table import Table
+
     extra = list(dict.fromkeys(heading for row in rows for heading in row.extra))
     unit = next((row.unit for row in rows if row.unit), "")
     table = Table(title=title, title_justify="left", caption=str(machine), caption_justify="left")
@@ -184,6 +191,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+    if known := os.environ.get("MOORING_COMMIT"):  # for a copy of the tree without its history
+        return known
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(

@@ -36,7 +36,7 @@ def test_known_prompts_decode_to_themselves(words):
     prompt = " ".join(words)
     ids = TOKENIZER(prompt)["input_ids"]
     assert TOKENIZER.decode(ids, skip_special_tokens=True).strip() == prompt
-    assert len(ids) == len(words) + 2
+    assert len(ids) == len(prompt.split()) + 2
 
 
 def test_length_is_bounded_and_padded():
@@ -63,6 +63,8 @@ def test_case_and_placeholders(tmp_path):
         ("a xylophone in the snow", ["xylophone"]),
         ("A Cat, on the BEACH!", []),
         ("a <rocket> toy", ["<rocket>"]),
+        ("some red grapes and two ice creams at night", []),
+        ("three mice in a city", []),
         ("", []),
     ],
 )
@@ -76,3 +78,35 @@ def test_text_encoder_reads_the_tokens():
     out = encoder(ids)
     assert out.last_hidden_state.shape == (2, MAX_LENGTH, 32)
     assert not out.pooler_output[0].equal(out.pooler_output[1])
+
+
+@pytest.mark.parametrize(
+    ("noun", "determiner", "plural"),
+    [
+        ("mouse", "a", "mice"), ("sheep", "a", "sheep"), ("fish", "a", "fish"), ("box", "a", "boxes"),
+        ("butterfly", "a", "butterflies"), ("monkey", "a", "monkeys"), ("peach", "a", "peaches"),
+        ("paintbrush", "a", "paintbrushes"), ("maple leaf", "a", "maple leaves"), ("bus", "a", "buses"),
+        ("unicorn", "a", "unicorns"), ("hourglass", "an", "hourglasses"), ("umbrella", "an", "umbrellas"),
+        ("ice cream", "an", "ice creams"), ("hot dog", "a", "hot dogs"), ("wolf", "a", "wolves"),
+        ("grapes", "some", ""), ("scissors", "some", ""), ("corn", "some", ""),
+    ],
+)  # fmt: skip
+def test_nouns_have_the_right_determiner_and_plural(noun, determiner, plural):
+    assert noun in nouns.NAMED
+    assert nouns.article(noun) == determiner
+    assert nouns.plural(noun) == plural
+
+
+def test_a_colour_before_the_noun_decides_the_article():
+    assert nouns.article("orange cat") == "an"
+    assert nouns.article("red apple") == "a"
+    assert nouns.article("orange grapes") == "some"
+
+
+def test_no_object_is_named_twice_or_held_out():
+    codes = [code for code, _ in nouns.NAMED.values()]
+    assert len(nouns.NAMED) >= 256
+    assert len(set(codes)) == len(codes)
+    assert not set(codes) & (nouns.EXCLUDED_CODES | {s.code for s in nouns.HELD_OUT})
+    assert not set(nouns.NAMED) & (set(nouns.TINTS) | set(nouns.PLAIN) | set(nouns.SCENES))
+    assert set(nouns.PLURAL) | nouns.UNCOUNTABLE <= set(nouns.NAMED)

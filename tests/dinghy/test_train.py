@@ -3,71 +3,75 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from mooring_server.dinghy import sources
 from mooring_server.dinghy.curves import draw, read_log
-from mooring_server.dinghy.t2i import Settings, Trainer, branch
-from mooring_server.dinghy.vae import fit_pca, save_pca
-from mooring_server.dinghy.world import World
+from mooring_server.dinghy.device import choose
+from mooring_server.dinghy.loop import Plan
+from mooring_server.dinghy.t2i import Trainer
+from mooring_server.dinghy.vae import LATENT_CHANNELS
 from PIL import Image
 
-
-@pytest.fixture
-def world(sprites, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOORING_DINGHY_CACHE", str(tmp_path / "cache"))
-    generator = torch.Generator().manual_seed(0)
-    save_pca(
-        fit_pca(torch.rand(20, 3, 64, 64, generator=generator), 2), sources.cache_dir() / "pca-64px-v1.npz"
-    )
-    return World(seed=1, sprites=sprites)
+PLAN = Plan(steps=2, batch=2, warmup_steps=2, decay=1e-9)
+CPU = choose("cpu")
 
 
-def _trainer(world, name, **changes):
-    return Trainer(sources.cache_dir() / name, Settings(batch=2, warmup_steps=2, **changes), world)
+def _run(trainer, upto):
+    """Steps on fixed latents: the loop's own resuming is what is under test."""
+
+    def loss(step, _):
+        latents = torch.randn(2, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(step))
+        return trainer.loss(step, latents, trainer.empty.expand(2, -1))
+
+    trainer.loop.run(iter(lambda: 0, 1), loss, stop_after=upto - trainer.loop.step)
+    return trainer
 
 
 def _weights(trainer):
-    return torch.cat([p.detach().flatten() for p in [*trainer.unet.parameters(), *trainer.average]])
+    return torch.cat([p.detach().flatten() for p in [*trainer.unet.parameters(), *trainer.loop.average]])
 
 
-def test_resumed_equals_uninterrupted(world):
-    whole = _trainer(world, "whole")
-    assert whole.resume().startswith("nothing")
-    for _ in range(2):
-        whole.train_step()
-    first = _trainer(world, "parts")
-    first.train_step()
-    first.save()
-    branch("parts", "copy")
-    second = _trainer(world, "copy")
-    assert second.resume() == "checkpoint at step 1"
-    second.train_step()
-    assert second.step == whole.step == 2
+def test_resumed_equals_uninterrupted(tmp_path):
+    whole = _run(Trainer(tmp_path / "whole", CPU, PLAN), 2)
+    assert whole.started.startswith("nothing")
+    _run(Trainer(tmp_path / "parts", CPU, PLAN), 1)
+    second = Trainer(tmp_path / "parts", CPU, PLAN)
+    assert second.started == "checkpoint at step 1"
+    _run(second, 2)
+    assert second.loop.step == whole.loop.step == 2
     assert torch.equal(_weights(whole), _weights(second))
-    assert not list((sources.cache_dir() / "parts").glob("*.part"))
+    assert not list((tmp_path / "parts").glob("*.part"))
+    lines = [json.loads(x) for x in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2
 
 
-def test_decay_lowers_the_rate_and_stops(world):
-    trainer = _trainer(world, "decay", decay_minutes=1e-4, sheet_minutes=1e9)
-    trainer.step = 10
-    assert trainer.rate() == 1.0
-    trainer.decay_start = 0.0
-    trainer.seconds = 0.5 * 60e-4
-    assert trainer.rate() == pytest.approx(0.5)
-    trainer.seconds = 1.0
-    assert trainer.rate() == pytest.approx(0.03)
+def test_the_rate_warms_up_stays_and_falls_to_three_percent():
+    plan = Plan(steps=1000, batch=1, warmup_steps=10, decay=0.5)
+    assert plan.rate(0) == pytest.approx(0.1)
+    assert plan.rate(400) == 1.0
+    assert plan.rate(750) == pytest.approx(0.5)
+    assert plan.rate(999) == pytest.approx(0.03)
 
 
-def test_committed_weights_are_a_starting_point(world, tmp_path):
-    source = _trainer(world, "source")
+def test_committed_weights_are_a_starting_point(tmp_path):
+    source = Trainer(tmp_path / "source", CPU, PLAN)
+    with torch.no_grad():
+        next(source.unet.parameters()).add_(1.0)
     source.unet.save_pretrained(tmp_path / "base" / "unet")
     source.encoder.save_pretrained(tmp_path / "base" / "text_encoder")
-    torch.manual_seed(99)
-    other = Trainer(sources.cache_dir() / "other", Settings(seed=2, batch=2), world)
-    assert other.resume(tmp_path / "base") == "committed weights"
-    assert torch.equal(_weights(source), _weights(other))
+    other = Trainer(tmp_path / "other", CPU, replace(PLAN, steps=3), tmp_path / "base")
+    assert other.started == "committed weights"
+    for a, b in zip(source.unet.parameters(), other.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_that_diverges_says_so(tmp_path):
+    trainer = Trainer(tmp_path / "run", CPU, PLAN)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        trainer.loop.run(iter(lambda: 0, 1), lambda *_: sum(p.sum() for p in trainer.loop.average) * 0
+                         + next(trainer.unet.parameters()).sum() * float("nan"))  # fmt: skip
 
 
 def test_curves_are_drawn_from_logs(tmp_path):

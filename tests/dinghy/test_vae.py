@@ -1,99 +1,62 @@
-"""The codec's encoder is exactly the PCA, at every patch size; the loop resumes where it stopped."""
+"""The codec halves three times, learns, and its loop resumes where it stopped, bit for bit."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from mooring_server.dinghy.loop import Loop, Optimisers, Plan
-from mooring_server.dinghy.vae import (
-    VAE_STD,
-    build_vae,
-    decoder_loss,
-    fit_pca,
-    from_features,
-    load_pca,
-    psnr,
-    save_pca,
-    to_features,
-)
-from torch import nn
+from mooring_server.dinghy import vae as codec
+from mooring_server.dinghy.device import choose
+from mooring_server.dinghy.loop import Plan
+from mooring_server.dinghy.render import Renderer
+from mooring_server.dinghy.world import World
+
+CPU = choose("cpu")
 
 
-def _pictures(count: int = 40, px: int = 64) -> torch.Tensor:
-    """Smooth random pictures in [0, 1]: neighbouring pixels are alike, as in the world."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, 3, px // 8, px // 8, generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=px, mode="bicubic").clamp(0, 1)
-    return (smooth + 0.03 * torch.rand(smooth.shape, generator=generator)).clamp(0, 1)
+def test_latents_are_an_eighth_of_the_side():
+    vae = codec.build_vae()
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(2, 3, 128, 128)).latent_dist.mean
+        assert latents.shape == (2, codec.LATENT_CHANNELS, 16, 16)
+        assert vae.decode(latents).sample.shape == (2, 3, 128, 128)
 
 
-@pytest.mark.parametrize(("stages", "channels"), [(2, 12), (3, 16)])
-def test_encoder_equals_pca(stages, channels):
-    pixels = _pictures()
-    pca = fit_pca(pixels, stages, channels)
-    vae = build_vae(pca, decoder_blocks=(0,) * stages + (1,), decoder_width=8)
-    expected = pca.encode(to_features(pixels, stages))
-    actual = vae.encode(pixels * 2 - 1).latents
-    assert actual.shape == (40, channels, 64 // 2**stages, 64 // 2**stages)
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
-    assert float(actual.square().mean().sqrt()) == pytest.approx(VAE_STD, rel=1e-3)
-    assert vae.config.scaling_factor == pytest.approx(1 / VAE_STD)
+def _train(folder, sprites, steps):
+    plan = Plan(steps=steps, batch=2, warmup_steps=1, decay=1e-9)
+    return codec.train_codec(folder, World(seed=2, sprites=sprites), Renderer(sprites, 32), CPU, plan)
 
 
-def test_pca_is_orthonormal_and_its_inverse_is_the_best_linear_one(tmp_path):
-    pixels = _pictures()
-    pca = fit_pca(pixels, 2)
-    assert np.allclose(pca.basis @ pca.basis.T, np.eye(12), atol=1e-9)
-    features = to_features(pixels, 2)
-    restored = pca.decode(pca.encode(features))
-    error = (restored - features).square().mean()
-    total = (features - features.mean((0, 2, 3), keepdim=True)).square().mean()
-    assert float(error / total) < 0.05
-    save_pca(pca, tmp_path / "pca.npz")
-    assert np.array_equal(load_pca(tmp_path / "pca.npz").basis, pca.basis)
+@pytest.fixture
+def small(monkeypatch):
+    """A codec of a tenth of the width, so that a step takes milliseconds."""
+    from diffusers import AutoencoderKL
+
+    monkeypatch.setattr(
+        codec, "build_vae", lambda: AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(32, 32), latent_channels=4, norm_num_groups=8,
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(codec, "set_scale", lambda vae, *_: vae.register_to_config(scaling_factor=1.0))
 
 
-def test_features_are_a_permutation_of_pixels():
-    pixels = _pictures(2)
-    assert torch.equal(from_features(to_features(pixels, 2), 2), pixels)
-
-
-def test_full_pca_restores_everything():
-    pixels = _pictures(8)
-    pca = fit_pca(pixels, 1, channels=12)
-    restored = from_features(pca.decode(pca.encode(to_features(pixels, 1))), 1)
-    torch.testing.assert_close(restored, pixels, atol=1e-4, rtol=0)
-
-
-def _loop(folder, minutes=60.0):
-    torch.manual_seed(0)
-    vae = build_vae(fit_pca(_pictures(), 2), decoder_blocks=(0, 0, 1), decoder_width=32)
-    plan = Plan(minutes=minutes, muon_lr=0.01, adam_lr=1e-3, warmup_steps=1)
-    return vae, Loop(folder, {"vae": vae}, Optimisers([vae.decoder], [], 0.01, 1e-3), plan, 4)
-
-
-def test_decoder_learns_and_resumes(tmp_path):
-    pixels = _pictures(8)
-    vae, loop = _loop(tmp_path)
-    loss = lambda step: decoder_loss(vae, pixels, torch.zeros(8, 12, 16, 16))  # noqa: E731
-    before = psnr(vae, pixels)
-    for _ in range(25):
-        loop.run(loss, minutes=1e-9)  # one step a call
-        if loop.step >= 25:
-            break
-    assert loop.step == 25
-    assert psnr(vae, pixels) > before + 3
-    again, resumed = _loop(tmp_path)
-    assert resumed.step == 25
-    for a, b in zip(vae.parameters(), again.parameters(), strict=True):
+def test_codec_learns_and_a_resumed_run_is_the_uninterrupted_one(small, sprites, tmp_path):
+    del small
+    renderer = Renderer(sprites, 32)
+    world = World(seed=2, sprites=sprites)
+    pixels = renderer.draw(codec_layout(world))
+    whole = _train(tmp_path / "whole", sprites, 12)
+    torch.manual_seed(2)
+    assert codec.psnr(whole, pixels) > codec.psnr(codec.build_vae().eval(), pixels) + 1
+    _train(tmp_path / "parts", sprites, 6)
+    resumed = _train(tmp_path / "parts", sprites, 12)
+    assert not list((tmp_path / "parts").glob("*.part"))
+    assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not list(tmp_path.glob("*.part"))
-    resumed.use_average()
-    assert psnr(again, pixels) > before
 
 
-def test_encoder_never_trains():
-    vae = build_vae(fit_pca(_pictures(), 2), decoder_blocks=(0, 0, 1), decoder_width=32)
-    assert not any(p.requires_grad for p in vae.encoder.parameters())
-    assert all(p.requires_grad for p in vae.decoder.parameters())
+def codec_layout(world):
+    from mooring_server.dinghy.render import lay_out
+
+    return lay_out([world.sample(i) for i in range(8)])

@@ -156,7 +156,7 @@ def apply_(
 def _blocks(rows: int, tokens: int, rank: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Tokens, inner and outer columns of a program, and its warps: enough programs first, then reuse."""
     block_t = 16 if dtype == torch.float32 and rank > 32 else 64  # IEEE products of larger blocks spill
-    while block_t > 16 and rows * triton.cdiv(tokens, block_t) < 2 * _PROCESSORS:
+    while block_t > 16 and rows * triton.cdiv(tokens, block_t) < _PROCESSORS:
         block_t //= 2
     columns = 64 if dtype == torch.float32 or rank > 64 else 128
     return block_t, columns, columns, 4

@@ -163,7 +163,7 @@ class _MultiLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if all(grad is None for grad in grads):
-            return (None,) * (7 + 2 * ctx.n)
+            return tuple([None] * (7 + 2 * ctx.n))
         x, low, *rest = ctx.saved_tensors
         factors, rest = rest[: ctx.n + 1], rest[ctx.n + 1 :]
         slots: Slots = rest.pop(0) if ctx.slot is None else ctx.slot

@@ -30,17 +30,17 @@ def weights_dir() -> Path:
 
 def base_dir() -> Path:
     """Directory of the base model, in the layout of ``StableDiffusionPipeline.from_pretrained``."""
-    return weights_dir() / "dinghy-1"
+    return weights_dir() / VERSION
 
 
 def clip_dir() -> Path:
     """Directory of the judge dinghy-clip (transformers ``CLIPModel``, tokenizer, image processor)."""
-    return weights_dir() / "dinghy-clip-1"
+    return weights_dir() / VERSION.replace("dinghy", "dinghy-clip")
 
 
 def dino_dir() -> Path:
     """Directory of the judge dinghy-dino (transformers ``Dinov2Model``, image processor)."""
-    return weights_dir() / "dinghy-dino-1"
+    return weights_dir() / VERSION.replace("dinghy", "dinghy-dino")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The independent ruler: a small residual network that reads noun, scene and tint.
+"""The independent ruler: a small residual network that reads nouns, scene, tint and count.
 
 Trained on true scenes only, used for figures and nothing else: it is never shipped, never a
 judge and no training signal, so a good score cannot have been trained towards.
@@ -6,20 +6,24 @@ judge and no training signal, so a good score cannot have been trained towards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import nouns, sources
-from .loop import Loop, Optimisers, Plan
-from .world import Sample, World
+from . import nouns
+from .device import Compute
+from .loop import Batch, Loop, Optimisers, Plan, batches
+from .render import Renderer, from_uint8
+from .world import SCENE_KEYS, Picture, Sample, World
 
-SCENE_LABELS = (*nouns.SCENES, *(f"plain-{c}" for c in nouns.PLAIN))
 NOUN_LABELS = tuple(nouns.NAMED)
 TINT_LABELS = ("", *nouns.TINTS)
+COUNTS = (1, 2, 3)
+PLAN = Plan(steps=5000, batch=384, muon_lr=0.01, adam_lr=2e-3, average=0.998)
 
 
 class Block(nn.Module):
@@ -40,21 +44,22 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels ``[B, 3, 64, 64]`` in [0, 1] to logits over nouns, scenes and tints."""
+    """Pixels ``[B, 3, 128, 128]`` in [0, 1] to logits over nouns, scenes, tints and counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 3, 2, 1),
+            nn.Conv2d(3, 32, 5, 2, 2),
             nn.ReLU(),
-            Block(32, 48, 1),
-            Block(48, 96, 2),
-            Block(96, 96, 1),
-            Block(96, 192, 2),
+            Block(32, 64, 2),
+            Block(64, 64, 1),
+            Block(64, 128, 2),
+            Block(128, 128, 1),
+            Block(128, 192, 2),
             Block(192, 192, 1),
             Block(192, 256, 2),
         )
-        sizes = (len(NOUN_LABELS), len(SCENE_LABELS), len(TINT_LABELS))
+        sizes = (len(NOUN_LABELS), len(SCENE_KEYS), len(TINT_LABELS), len(COUNTS))
         self.heads = nn.ModuleList([nn.Linear(256, n) for n in sizes])
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -62,64 +67,78 @@ class Classifier(nn.Module):
         out: Tensor = self.body(pixels * 2 - 1).mean((2, 3))
         return out
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[B, 93]``, ``[B, 26]``, ``[B, 9]``."""
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Logits ``[B, nouns]``, ``[B, scenes]``, ``[B, tints]``, ``[B, 3]``."""
         f = self.features(pixels)
-        return self.heads[0](f), self.heads[1](f), self.heads[2](f)
+        return [head(f) for head in self.heads]
 
 
 def draw_true(world: World, index: int) -> Sample:
-    """Scene ``index`` of the classifier's own stream: named objects only, every third one tinted."""
+    """Scene ``index`` of the classifier's own stream: named objects only, every third single one tinted."""
     rng = np.random.default_rng((world.seed, 77, index))
+    scene = SCENE_KEYS[int(rng.integers(len(SCENE_KEYS)))]
     noun = NOUN_LABELS[int(rng.integers(len(NOUN_LABELS)))]
+    lot = rng.random()
+    if lot < 0.12 and nouns.plural(noun):
+        return world.group(noun, int(rng.integers(2, 4)), scene, rng)
+    if lot < 0.27:
+        other = NOUN_LABELS[int(rng.integers(len(NOUN_LABELS)))]
+        if other != noun:
+            return world.pair(noun, other, scene, rng)
     tint = TINT_LABELS[1 + int(rng.integers(len(nouns.TINTS)))] if rng.random() < 0.33 else ""
-    return world.named(noun, SCENE_LABELS[int(rng.integers(len(SCENE_LABELS)))], tint, rng)
+    return world.named(noun, scene, tint, rng)
 
 
-def _pixels(samples: list[Sample]) -> Tensor:
-    return torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float() / 255
+def label(sample: Sample) -> tuple[int, ...]:
+    """First noun, last noun, scene, tint, count - 1 as class numbers."""
+    first, last = NOUN_LABELS.index(sample.nouns[0]), NOUN_LABELS.index(sample.nouns[-1])
+    return first, last, SCENE_KEYS.index(sample.scene), TINT_LABELS.index(sample.tint), sample.count - 1
 
 
-def _loop(minutes: float, batch: int) -> tuple[Classifier, Loop]:
+def classifier_loop(folder: Path, compute: Compute, plan: Plan = PLAN) -> tuple[Classifier, Loop]:
+    """The classifier on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(3)
-    model = Classifier()
-    plan = Plan(minutes=minutes, muon_lr=0.01, adam_lr=2e-3)
+    model = Classifier().to(compute.device)
     optimisers = Optimisers([model.body], [model.heads], plan.muon_lr, plan.adam_lr)
-    return model, Loop(sources.cache_dir() / "classifier", {"model": model}, optimisers, plan, batch)
+    return model, Loop(folder, {"model": model}, optimisers, plan)
 
 
-def train_classifier(minutes: float, batch: int = 64) -> Classifier:
-    """Train (or go on) in ``<cache>/classifier``; returns the averaged model."""
-    world = World(seed=3)
-    model, loop = _loop(minutes, batch)
+def train_classifier(
+    folder: Path, sprites_world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN
+) -> Classifier:
+    """Train (or go on) in ``folder``; returns the averaged model."""
+    model, loop = classifier_loop(folder, compute, plan)
+    size = plan.batch
 
-    def loss(step: int) -> Tensor:
-        samples = [draw_true(world, step * batch + i) for i in range(batch)]
-        pixels = _pixels(samples)
-        generator = torch.Generator().manual_seed(step)
+    def make(step: int) -> Sequence[Sample]:
+        return [draw_true(sprites_world, step * size + i) for i in range(size)]
+
+    def loss(step: int, batch: Batch) -> Tensor:
+        pixels = renderer.draw(batch.layout)
+        rng = torch.Generator(compute.device).manual_seed(step)
         # Light blur and noise on half of the pictures: a ruler must not measure sharpness.
         soft = nn.functional.avg_pool2d(nn.functional.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        mix = (torch.rand(batch, 1, 1, 1, generator=generator) * 2 - 1).clamp_min(0)
+        mix = (torch.rand(size, 1, 1, 1, generator=rng, device=compute.device) * 2 - 1).clamp_min(0)
         pixels = pixels + mix * (soft - pixels)
-        pixels = pixels + 0.04 * mix.flip(0) * torch.randn(pixels.shape, generator=generator)
-        targets = (
-            torch.tensor([NOUN_LABELS.index(s.noun) for s in samples]),
-            torch.tensor([SCENE_LABELS.index(s.scene) for s in samples]),
-            torch.tensor([TINT_LABELS.index(s.tint) for s in samples]),
-        )
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(pixels)
-        parts = [nn.functional.cross_entropy(x.float(), y) for x, y in zip(logits, targets, strict=True)]
-        return torch.stack(parts).sum()
+        pixels = pixels + 0.04 * mix.flip(0) * torch.randn(pixels.shape, generator=rng, device=compute.device)
+        labels = batch.labels.to(compute.device)
+        with compute.autocast():
+            noun, scene, tint, count = (x.float() for x in model(pixels))
+        entropy = nn.functional.cross_entropy
+        objects = (entropy(noun, labels[:, 0]) + entropy(noun, labels[:, 1])) / 2
+        # the tint of a picture of several objects is nobody's
+        one = (labels[:, 4] == 0).float()
+        colours = (entropy(tint, labels[:, 3], reduction="none") * one).mean()
+        return objects + entropy(scene, labels[:, 2]) + colours + entropy(count, labels[:, 4])
 
-    loop.run(loss)
+    loop.run(batches(make, loop.step, compute.workers, label), loss)
     loop.use_average()
     return model.eval()
 
 
-def load_classifier() -> Classifier:
-    """The classifier of the cache's last checkpoint, averaged weights."""
-    model, loop = _loop(1.0, 64)
+def load_classifier(folder: Path, compute: Compute) -> Classifier:
+    """The classifier of the checkpoint in ``folder``, averaged weights."""
+    model, loop = classifier_loop(folder, compute)
     if loop.step == 0:
         raise RuntimeError("no classifier yet: run `python -m mooring_server.dinghy classifier`")
     loop.use_average()
@@ -128,35 +147,25 @@ def load_classifier() -> Classifier:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the classifier sees in one picture."""
+    """What the classifier sees in one picture: its two likeliest nouns, best first, scene, tint and count."""
 
-    noun: str
+    nouns: tuple[str, str]
     scene: str
     tint: str
+    count: int
 
 
 @torch.no_grad()
-def read(model: Classifier, images: NDArray[np.uint8]) -> list[Reading]:
-    """Read pictures uint8 ``[N, 64, 64, 3]``."""
+def read(model: Classifier, pictures: Picture) -> list[Reading]:
+    """Read pictures uint8 ``[N, 128, 128, 3]``."""
+    device = next(model.parameters()).device
     out: list[Reading] = []
-    for start in range(0, len(images), 128):
-        pixels = torch.from_numpy(images[start : start + 128]).permute(0, 3, 1, 2).float() / 255
-        picks = [logits.argmax(1).tolist() for logits in model(pixels)]
-        labels = (NOUN_LABELS, SCENE_LABELS, TINT_LABELS)
-        words = [[names[k] for k in pick] for names, pick in zip(labels, picks, strict=True)]
-        out += [Reading(*row) for row in zip(*words, strict=True)]
+    for start in range(0, len(pictures), 128):
+        noun, scene, tint, count = model(from_uint8(pictures[start : start + 128], device))
+        rows = zip(noun.topk(2).indices.tolist(), scene.argmax(1).tolist(), tint.argmax(1).tolist(),
+                   count.argmax(1).tolist(), strict=True)  # fmt: skip
+        out += [
+            Reading((NOUN_LABELS[n[0]], NOUN_LABELS[n[1]]), SCENE_KEYS[s], TINT_LABELS[t], COUNTS[c])
+            for n, s, t, c in rows
+        ]
     return out
-
-
-def own_accuracy(model: Classifier, count: int = 1500) -> dict[str, float]:
-    """Shares right on fresh true pictures; the tint's only where one was drawn."""
-    world = World(seed=1003)
-    samples = [draw_true(world, i) for i in range(count)]
-    readings = read(model, np.stack([s.image for s in samples]))
-    pairs = list(zip(samples, readings, strict=True))
-    tinted = [(s, r) for s, r in pairs if s.tint]
-    return {
-        "noun": sum(s.noun == r.noun for s, r in pairs) / len(pairs),
-        "scene": sum(s.scene == r.scene for s, r in pairs) / len(pairs),
-        "tint": sum(s.tint == r.tint for s, r in tinted) / len(tinted),
-    }

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import VERSION, sources, text
+from . import VERSION, text
 
 FLOAT32 = "float32"
+WORDS_FILE = "trained_words.json"
 
 
 def _declare_float32(folder: Path) -> None:
@@ -28,44 +30,38 @@ def _declare_float32(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def export_base(out: Path, run: str = "t2i") -> dict[str, Any]:
-    """Write the base model from the averaged weights of ``run`` and the codec; returns its figures."""
+def export_base(out: Path, unet: Any, encoder: Any, vae: Any) -> None:
+    """Write a StableDiffusionPipeline directory, and beside it the words that captions held.
+
+    The models are left in fp16 on the CPU.
+    """
     from diffusers import StableDiffusionPipeline
 
-    from .t2i import Settings, Trainer, build_scheduler
-    from .vae import load_codec
+    from .t2i import build_scheduler
 
-    trainer = Trainer(sources.cache_dir() / run, Settings())
-    trainer.resume()
-    unet, encoder = trainer.averaged()
     kind: Any = StableDiffusionPipeline  # diffusers ships no types
     pipeline = kind(
-        vae=load_codec(),
-        text_encoder=encoder,
+        vae=vae.cpu(),
+        text_encoder=encoder.cpu(),
         tokenizer=text.build_tokenizer(),
-        unet=unet,
+        unet=unet.cpu(),
         scheduler=build_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16)
-    _replace(out, lambda folder: _save_pipeline(pipeline, folder))
-    return {"run": run, "steps": trainer.step, "samples": trainer.step * trainer.settings.batch,
-            "minutes": round(trainer.seconds / 60, 1)}  # fmt: skip
+
+    def write(folder: Path) -> None:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        _declare_float32(folder / "text_encoder")
+        words = sorted(text.trained_words())
+        (folder / WORDS_FILE).write_text(json.dumps(words, indent=0) + "\n")
+
+    _replace(out, write)
 
 
-def _save_pipeline(pipeline: Any, folder: Path) -> None:
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    _declare_float32(folder / "text_encoder")
-    # AutoencoderTiny derives this entry itself and warns when it reads it back.
-    path = folder / "vae" / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def _replace(out: Path, write: Any) -> None:
+def _replace(out: Path, write: Callable[[Path], None]) -> None:
     """Call ``write(folder)`` on a fresh folder, then put it in ``out``'s place."""
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -79,7 +75,7 @@ def export_judge(out: Path, model: Any, parts: list[Any]) -> None:
     """Write a transformers model (fp16 file, float32 when loaded) and its tokenizer or processor."""
 
     def write(folder: Path) -> None:
-        model.half().save_pretrained(folder, safe_serialization=True)
+        model.cpu().half().save_pretrained(folder, safe_serialization=True)
         for part in parts:
             part.save_pretrained(folder)
         _declare_float32(folder)
@@ -89,7 +85,7 @@ def export_judge(out: Path, model: Any, parts: list[Any]) -> None:
 
 
 def write_manifest(root: Path, figures: dict[str, Any]) -> None:
-    """``MANIFEST.json``: version, size and SHA-256 of every file, training figures."""
+    """``MANIFEST.json``: version, size and SHA-256 of every file, training figures and measurements."""
     files = {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name not in ("MANIFEST.json", "README.md"):
@@ -99,3 +95,10 @@ def write_manifest(root: Path, figures: dict[str, Any]) -> None:
     part = root / "MANIFEST.part"
     part.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     part.rename(root / "MANIFEST.json")
+
+
+def read_figures(root: Path) -> dict[str, Any]:
+    """The figures of ``MANIFEST.json``; empty where there is none."""
+    path = root / "MANIFEST.json"
+    found: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    return found

@@ -6,33 +6,49 @@ Everything is measured on the shipped directories, with the independent classifi
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from . import NEW_SCENES, base_dir, clip_dir, dino_dir, held_out_subjects, nouns, sources
-from .classifier import Classifier, Reading, load_classifier, own_accuracy, read
+from . import NEW_SCENES, base_dir, clip_dir, dino_dir, held_out_subjects, nouns, text
+from .classifier import Classifier, Reading, draw_true, read
+from .device import Compute, plain_attention
+from .render import Renderer, from_uint8, lay_out
 from .sampling import sample
-from .world import World, scene_words
-
-Pictures = NDArray[np.uint8]
+from .world import Picture, Rng, Sample, World, one, scene_words
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A fresh prompt and what a right picture of it shows."""
+    """A fresh prompt and what a right picture of it shows: one noun, two nouns, or ``count`` of one."""
 
     prompt: str
-    noun: str
+    nouns: tuple[str, ...]
     scene: str
-    tint: str
+    tint: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measuring needs: the world's pictures, the ruler and the device."""
+
+    world: World
+    renderer: Renderer
+    ruler: Classifier
+    compute: Compute
+
+
+def _scene(rng: Rng) -> str:
+    if rng.random() < 0.125:
+        return f"plain-{rng.choice(list(nouns.PLAIN))}"
+    return str(rng.choice(list(nouns.SCENES)))
 
 
 def fresh_asks(count: int, seed: int = 2024) -> list[Ask]:
@@ -42,69 +58,104 @@ def fresh_asks(count: int, seed: int = 2024) -> list[Ask]:
     order = rng.permutation(len(names))
     asks = []
     for i in range(count):
-        noun = names[int(order[i % len(names)])]
-        scene = str(rng.choice(list(nouns.SCENES)))
-        if rng.random() < 0.125:
-            scene = f"plain-{rng.choice(list(nouns.PLAIN))}"
+        noun, scene = names[int(order[i % len(names)])], _scene(rng)
         tint = str(rng.choice(list(nouns.TINTS))) if i % 4 == 3 else ""
-        words = f"{tint} {noun}".strip()
-        asks.append(Ask(f"a photo of {nouns.article(words)} {words} {scene_words(scene)}", noun, scene, tint))
+        asks.append(Ask(f"a photo of {one(noun, tint)} {scene_words(scene)}", (noun,), scene, tint))
     return asks
 
 
-def load_base(directory: Path | None = None) -> Any:
+def relation_asks(count: int, seed: int = 2025) -> list[Ask]:
+    """Prompts of two different objects and of two or three of one, in turn."""
+    rng = np.random.default_rng(seed)
+    names = list(nouns.NAMED)
+    countable = [n for n in names if nouns.plural(n)]
+    asks = []
+    for i in range(count):
+        scene = _scene(rng)
+        if i % 2:
+            left, right = (str(n) for n in rng.choice(names, 2, replace=False))
+            words = f"a photo of {one(left)} and {one(right)} {scene_words(scene)}"
+            asks.append(Ask(words, (left, right), scene, count=2))
+        else:
+            noun, number = str(rng.choice(countable)), int(rng.integers(2, 4))
+            words = f"a photo of {nouns.NUMBERS[number]} {nouns.plural(noun)} {scene_words(scene)}"
+            asks.append(Ask(words, (noun,), scene, count=number))
+    return asks
+
+
+def load_base(compute: Compute, directory: Path | None = None) -> Any:
     """The shipped base as a plain StableDiffusionPipeline, in eval mode and silent."""
     from diffusers import StableDiffusionPipeline
 
     kind: Any = StableDiffusionPipeline  # diffusers ships no types
     pipeline = kind.from_pretrained(directory or base_dir(), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
+    plain_attention(compute, pipeline.unet)
+    for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        part.to(compute.device)
     return pipeline
 
 
 def generate(
-    pipeline: Any, prompts: list[str], *, seed: int = 0, steps: int = 30, guidance: float = 4.0
-) -> Pictures:
-    """Pictures uint8 ``[N, 64, 64, 3]`` of ``prompts`` by the pipeline's own parts."""
-    return sample(
-        pipeline.unet,
-        pipeline.text_encoder,
-        pipeline.tokenizer,
-        pipeline.vae,
-        prompts,
-        seed=seed,
-        steps=steps,
-        guidance=guidance,
-    )
+    bench: Bench, pipeline: Any, prompts: Sequence[str], *, seed: int = 0, guidance: float = 4.0
+) -> Picture:
+    """Pictures uint8 ``[N, 128, 128, 3]`` of ``prompts``, 30 steps."""
+    return sample(pipeline, prompts, bench.compute, seed=seed, guidance=guidance)
 
 
-def true_pictures(world: World, asks: list[Ask], seed: int = 5) -> Pictures:
-    """Rendered scenes of the same asks."""
+def true_samples(world: World, asks: Sequence[Ask], seed: int = 5) -> list[Sample]:
+    """Rendered scenes of the same asks, in the 3D style."""
     out = []
     for i, ask in enumerate(asks):
         rng = np.random.default_rng((seed, i))
-        out.append(world.named(ask.noun, ask.scene, ask.tint, rng, styles=("3d",)).image)
-    return np.stack(out)
+        if len(ask.nouns) == 2:
+            out.append(world.pair(*ask.nouns, ask.scene, rng, styles=("3d",)))
+        elif ask.count > 1:
+            out.append(world.group(ask.nouns[0], ask.count, ask.scene, rng, styles=("3d",)))
+        else:
+            out.append(world.named(ask.nouns[0], ask.scene, ask.tint, rng, styles=("3d",)))
+    return out
 
 
-def shares(asks: list[Ask], readings: list[Reading]) -> dict[str, float]:
-    """Shares of nouns, scenes and asked tints that the classifier finds right."""
-    pairs = list(zip(asks, readings, strict=True))
-    tinted = [(a, r) for a, r in pairs if a.tint]
+def object_right(ask: Ask, reading: Reading) -> bool:
+    """Whether the asked noun (or both) is what the classifier finds likeliest, and as many of it."""
+    if len(ask.nouns) == 2:
+        return set(reading.nouns) == set(ask.nouns)
+    return reading.nouns[0] == ask.nouns[0] and (ask.count == 1 or reading.count == ask.count)
+
+
+def shares(asks: Sequence[Ask], readings: Sequence[Reading]) -> dict[str, float]:
+    """Shares of objects, scenes and asked tints that the classifier finds right; NaN where none was asked."""
+    both = list(zip(asks, readings, strict=True))
+
+    def share(pairs: list[tuple[Ask, Reading]], right: Any) -> float:
+        return sum(bool(right(a, r)) for a, r in pairs) / len(pairs) if pairs else float("nan")
+
     return {
-        "noun": sum(a.noun == r.noun for a, r in pairs) / len(pairs),
-        "scene": sum(a.scene == r.scene for a, r in pairs) / len(pairs),
-        "tint": sum(a.tint == r.tint for a, r in tinted) / max(1, len(tinted)),
+        "object": share([p for p in both if p[0].count == 1], object_right),
+        "two objects": share([p for p in both if len(p[0].nouns) == 2], object_right),
+        "count": share([p for p in both if p[0].count > 1 and len(p[0].nouns) == 1], object_right),
+        "scene": share(both, lambda a, r: a.scene == r.scene),
+        "tint": share([p for p in both if p[0].tint], lambda a, r: a.tint == r.tint),
     }
 
 
-@torch.no_grad()
-def kernel_distance(model: Classifier, a: Pictures, b: Pictures) -> float:
-    """KID (unbiased squared MMD, kernel (x·y/d + 1)³) times 1000, on the classifier's features."""
+def own_accuracy(bench: Bench, count: int = 3000) -> dict[str, float]:
+    """The ruler's shares on fresh true pictures of its own training distribution."""
+    world = World(seed=1003, sprites=bench.world.sprites)
+    samples = [draw_true(world, i) for i in range(count)]
+    asks = [Ask("", s.nouns, s.scene, s.tint, s.count) for s in samples]
+    return shares(asks, read(bench.ruler, bench.renderer.pictures(samples)))
 
-    def features(images: Pictures) -> Tensor:
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return torch.cat([model.features(p) for p in torch.split(pixels, 128)]).double()
+
+@torch.no_grad()
+def kernel_distance(model: Classifier, a: Picture, b: Picture) -> float:
+    """KID (unbiased squared MMD, kernel (x·y/d + 1)³; arXiv 1801.01401) times 1000, on the ruler's features."""
+    device = next(model.parameters()).device
+
+    def features(pictures: Picture) -> Tensor:
+        parts = torch.split(torch.from_numpy(pictures), 128)
+        return torch.cat([model.features(from_uint8(p.numpy(), device)) for p in parts]).double()
 
     x, y = features(a), features(b)
     both = torch.cat([x, y])
@@ -120,7 +171,7 @@ def kernel_distance(model: Classifier, a: Pictures, b: Pictures) -> float:
     return float(1000 * (within_x + within_y - 2 * kernel(x, y).mean()))
 
 
-def grid(images: Pictures, columns: int, scale: int = 1) -> Image.Image:
+def grid(images: Picture, columns: int, scale: int = 1) -> Image.Image:
     """Pictures ``[N, h, w, 3]`` in rows of ``columns``."""
     n, height, width = len(images), images.shape[1], images.shape[2]
     rows = (n + columns - 1) // columns
@@ -132,114 +183,127 @@ def grid(images: Pictures, columns: int, scale: int = 1) -> Image.Image:
     return out.resize((out.width * scale, out.height * scale), Image.Resampling.NEAREST) if scale > 1 else out
 
 
-def side_by_side(true: Pictures, made: Pictures, columns: int = 12) -> Image.Image:
+def side_by_side(true: Picture, made: Picture, columns: int = 10) -> Image.Image:
     """Rows of true pictures, each above the generated row of the same prompts."""
     rows = []
     for start in range(0, len(true) - columns + 1, columns):
         rows += [true[start : start + columns], made[start : start + columns]]
-    return grid(np.concatenate(rows), columns, 2)
+    return grid(np.concatenate(rows), columns)
 
 
 def measure_base(
-    count: int, out: Path, directory: Path | None = None, guidance: float = 4.0
+    bench: Bench, count: int, out: Path, directory: Path | None = None, guidance: float = 4.0
 ) -> dict[str, Any]:
-    """Scene, object and tint shares on ``count`` fresh prompts; writes two sheets into ``out``."""
-    world, ruler = World(seed=6), load_classifier()
-    asks = fresh_asks(count)
-    made = generate(load_base(directory), [a.prompt for a in asks], guidance=guidance)
-    true = true_pictures(world, asks)
+    """Shares right on ``count`` fresh prompts of one object and 0.8 times as many relations; writes sheets."""
+    asks, relations = fresh_asks(count), relation_asks(count * 4 // 5)
+    every = [*asks, *relations]
+    pipeline = load_base(bench.compute, directory)
+    made = generate(bench, pipeline, [a.prompt for a in every], guidance=guidance)
+    true = bench.renderer.pictures(true_samples(bench.world, every))
     # The two sets share their prompts, which biases the estimate: what counts is the excess over
     # a second set of true pictures of the same prompts.
-    again = true_pictures(world, asks, seed=55)
-    readings = read(ruler, made)
-    wrong = [i for i, (a, r) in enumerate(zip(asks, readings, strict=True)) if a.noun != r.noun]
+    again = bench.renderer.pictures(true_samples(bench.world, asks, seed=55))
+    readings = read(bench.ruler, made)
+    wrong = [i for i, (a, r) in enumerate(zip(every, readings, strict=True)) if not object_right(a, r)]
     out.mkdir(parents=True, exist_ok=True)
-    side_by_side(true[:72], made[:72]).save(out / "dinghy-true-generated.png", optimize=True)
+    side_by_side(true[:60], made[:60]).save(out / "dinghy-true-generated.png", optimize=True)
+    side_by_side(true[count : count + 20], made[count : count + 20]).save(
+        out / "dinghy-relations.png", optimize=True
+    )
     if wrong:
-        pick = wrong[:24]
-        side_by_side(true[pick], made[pick], min(12, len(pick))).save(
+        pick = wrong[:20]
+        side_by_side(true[pick], made[pick], min(10, len(pick))).save(
             out / "dinghy-failures.png", optimize=True
         )
-    misread = sorted({f"{asks[i].noun}->{readings[i].noun}" for i in wrong})
+    ruler, single, again_true = bench.ruler, made[:count], true[:count]
     return {
-        "prompts": count,
+        "prompts": len(asks),
+        "relation_prompts": len(relations),
         "guidance": guidance,
         "steps": 30,
-        "generated": shares(asks, readings),
-        "true": shares(asks, read(ruler, true)),
-        "kid_x1000_over_true": kernel_distance(ruler, made, true) - kernel_distance(ruler, true, again),
-        "misread": misread,
+        "generated": shares(every, readings),
+        "true": shares(every, read(ruler, true)),
+        "kid_x1000_over_true": kernel_distance(ruler, single, again_true)
+        - kernel_distance(ruler, again_true, again),
+        "misread": sorted({f"{every[i].nouns[0]}->{readings[i].nouns[0]}" for i in wrong if i < count}),
     }
 
 
-def measure_codec(count: int = 400) -> dict[str, float]:
+def measure_codec(bench: Bench, count: int = 400) -> dict[str, float]:
     """PSNR in dB of the shipped codec on fresh training-like scenes and on scenes of held-out subjects."""
     from .vae import psnr
 
-    vae = load_base().vae
-    world = World(seed=7)
+    vae = load_base(bench.compute).vae
     rng = np.random.default_rng(7)
+    world = World(seed=7, sprites=bench.world.sprites)
     held = [
         world.subject(s.name, str(rng.choice(list(nouns.SCENES))), rng)
         for s in nouns.HELD_OUT
         for _ in range(max(1, count // 28))
     ]
-    groups = {"world": [world.sample(i).image for i in range(count)], "held_out": held}
-    tensors = {k: torch.from_numpy(np.stack(v)).permute(0, 3, 1, 2).float() / 255 for k, v in groups.items()}
-    return {k: psnr(vae, v) for k, v in tensors.items()}
-
-
-def _eval(model: Any) -> Any:
-    return model.eval()
+    groups = {"world": [world.sample(i) for i in range(count)], "held_out": held}
+    return {
+        k: psnr(vae, from_uint8(bench.renderer.pictures(v), bench.compute.device)) for k, v in groups.items()
+    }
 
 
 @torch.no_grad()
-def measure_clip(trials: int = 10) -> dict[str, float]:
+def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
     """Top-1 retrieval of the true caption among 100 distinct ones, on fresh scenes of the world."""
     from transformers import CLIPModel, CLIPTokenizer
 
     from .judges import clip_features, normalise
 
-    model = _eval(CLIPModel.from_pretrained(clip_dir()))
+    kind: Any = CLIPModel
+    model = kind.from_pretrained(clip_dir()).eval().to(bench.compute.device)
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir())
-    world = World(seed=8)
+    world = World(seed=8, sprites=bench.world.sprites)
     hits = {"all": 0, "named": 0, "named_count": 0}
     index = 0
     for _ in range(trials):
-        chosen: dict[str, Any] = {}
+        chosen: dict[str, tuple[str, Sample]] = {}
         while len(chosen) < 100:
             s = world.sample(index)
             index += 1
             # One caption for one meaning: otherwise several among the hundred would be true.
-            meaning = f"{s.noun or s.hyper} {s.scene} {s.tint}"
             if s.scene in nouns.SCENES:
-                chosen.setdefault(meaning, s)
-        samples = list(chosen.values())
-        captions = [f"a photo of a {s.tint} {s.noun or s.hyper} {scene_words(s.scene)}" for s in samples]
-        captions = [" ".join(c.split()) for c in captions]
-        ids = tokenizer(captions, padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
-        words, sight = clip_features(model, ids, normalise([s.image for s in samples]))
-        right = (sight @ words.T).argmax(1) == torch.arange(100)
-        named = torch.tensor([bool(s.noun) for s in samples])
+                words = f"a photo of {_meaning(s)} {scene_words(s.scene)}"
+                chosen.setdefault(words, (words, s))
+        captions, samples = zip(*chosen.values(), strict=True)
+        ids = text.tokens(tokenizer, captions).to(bench.compute.device)
+        pixels = normalise(bench.renderer.draw(lay_out(samples)))
+        words, sight = clip_features(model, ids, pixels)
+        right = ((sight @ words.T).argmax(1) == torch.arange(100, device=words.device)).cpu()
+        named = torch.tensor([bool(s.nouns) for s in samples])
         hits["all"] += int(right.sum())
         hits["named"] += int((right & named).sum())
         hits["named_count"] += int(named.sum())
     return {"top1_among_100": hits["all"] / (100 * trials), "named_only": hits["named"] / hits["named_count"]}
 
 
+def _meaning(s: Sample) -> str:
+    if len(s.nouns) == 2:
+        return " and ".join(one(noun, piece.tint) for noun, piece in zip(s.nouns, s.pieces, strict=True))
+    if s.count > 1:
+        return f"{nouns.NUMBERS[s.count]} {nouns.plural(s.noun)}"
+    return one(s.noun or s.hyper, s.tint)
+
+
 @torch.no_grad()
-def measure_dino(each: int = 28) -> dict[str, float]:
+def measure_dino(bench: Bench, each: int = 28) -> dict[str, float]:
     """Nearest-neighbour subject accuracy: held-out subjects in new scenes against their shipped photos."""
     from transformers import AutoModel
 
     from .judges import image_processor, normalise
 
-    model = _eval(AutoModel.from_pretrained(dino_dir()))
+    kind: Any = AutoModel
+    model = kind.from_pretrained(dino_dir()).eval().to(bench.compute.device)
     processor = image_processor()
-    world = World(seed=9)
+    world = World(seed=9, sprites=bench.world.sprites)
 
     def features(pixels: Tensor) -> Tensor:
-        cls = torch.cat([model(pixel_values=p).last_hidden_state[:, 0] for p in torch.split(pixels, 128)])
+        parts = torch.split(pixels.to(bench.compute.device), 128)
+        cls = torch.cat([model(pixel_values=p).last_hidden_state[:, 0] for p in parts])
         return nn.functional.normalize(cls, dim=-1)
 
     bank, owners = [], []
@@ -252,20 +316,19 @@ def measure_dino(each: int = 28) -> dict[str, float]:
     for k, subject in enumerate(held_out_subjects()):
         rng = np.random.default_rng((9, k))
         new = [world.subject(subject.name, NEW_SCENES[i % len(NEW_SCENES)], rng) for i in range(each)]
-        nearest = (features(normalise(new)) @ reference.T).argmax(1)
+        pixels = from_uint8(bench.renderer.pictures(new))
+        nearest = (features(normalise(pixels)) @ reference.T).argmax(1)
         right += sum(owners[int(n)] == k for n in nearest)
         total += each
     return {"nearest_neighbour": right / total, "subjects": float(len(bank)), "pictures": float(total)}
 
 
-def all_figures(count: int, out: Path) -> dict[str, Any]:
-    """Every figure of the shipped set; also written to ``<cache>/figures.json``."""
-    figures = {
-        "classifier_on_true": own_accuracy(load_classifier()),
-        "base": measure_base(count, out),
-        "codec_psnr_db": measure_codec(),
-        "clip": measure_clip(),
-        "dino": measure_dino(),
+def all_figures(bench: Bench, count: int, out: Path) -> dict[str, Any]:
+    """Every figure of the shipped set."""
+    return {
+        "classifier_on_true": own_accuracy(bench),
+        "base": measure_base(bench, count, out),
+        "codec_psnr_db": measure_codec(bench),
+        "clip": measure_clip(bench),
+        "dino": measure_dino(bench),
     }
-    (sources.cache_dir() / "figures.json").write_text(json.dumps(figures, indent=1))
-    return figures

@@ -1,17 +1,22 @@
-"""The training loop shared by the decoder, the judges and the classifier: timed, resumable, logged."""
+"""The training loop that every model of the set shares: by steps, resumable, logged, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from . import text
+from .render import Layout, lay_out
+from .world import Sample
 
 
 class Optimisers:
@@ -23,7 +28,12 @@ class Optimisers:
     """
 
     def __init__(
-        self, muon: list[nn.Module], rest: list[nn.Module], muon_lr: float, adam_lr: float, smallest: int = 32
+        self,
+        muon: Sequence[nn.Module],
+        rest: Sequence[nn.Module],
+        muon_lr: float,
+        adam_lr: float,
+        smallest: int = 32,
     ) -> None:
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         others = [p for module in rest for p in module.parameters() if p.requires_grad]
@@ -43,7 +53,7 @@ class Optimisers:
     def step(self, factor: float) -> None:
         """One step at ``factor`` times the base rates; clears the gradients."""
         for parameter, view in self.pairs:
-            view.grad = None if parameter.grad is None else parameter.grad.view_as(view)
+            view.grad = None if parameter.grad is None else parameter.grad.reshape(view.shape)
         both: list[tuple[Any, float]] = [(self.muon, self.base[0]), (self.adam, self.base[1])]
         for optimiser, lr in both:
             for group in optimiser.param_groups:
@@ -53,21 +63,25 @@ class Optimisers:
         for parameter, _ in self.pairs:
             parameter.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Both optimisers' states."""
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Both optimisers' states, flat: ``muon.<i>.<key>`` and ``adam.<i>.<key>``."""
+        return {
+            f"{name}.{index}.{key}": value
+            for name, optimiser in (("muon", self.muon), ("adam", self.adam))
+            for index, state in optimiser.state_dict()["state"].items()
+            for key, value in state.items()
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
-
-
-def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """``torch.save`` by a temporary name, so that an interrupted write leaves the old one whole."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.rename(path)
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`tensors`."""
+        for name, optimiser in (("muon", self.muon), ("adam", self.adam)):
+            document: dict[str, Any] = optimiser.state_dict()
+            document["state"] = {}
+            for full, value in tensors.items():
+                owner, index, key = full.split(".", 2)
+                if owner == name:
+                    document["state"].setdefault(int(index), {})[key] = value
+            optimiser.load_state_dict(document)
 
 
 def append_log(path: Path, line: dict[str, Any]) -> None:
@@ -76,58 +90,128 @@ def append_log(path: Path, line: dict[str, Any]) -> None:
         log.write(json.dumps(line) + "\n")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Batch:
+    """What a step trains on: the pictures' layout, token ids ``[B, 20]`` and labels ``[B, k]`` int64."""
+
+    layout: Layout
+    ids: Tensor
+    labels: Tensor
+
+
+Make = Callable[[int], Sequence[Sample]]
+Label = Callable[[Sample], tuple[int, ...]]
+
+
+class _Maker(torch.utils.data.IterableDataset[Batch]):
+    def __init__(self, make: Make, label: Label, first: int) -> None:
+        self.make, self.label, self.first = make, label, first
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.set_num_threads(1)
+        info = torch.utils.data.get_worker_info()
+        step, stride = (self.first, 1) if info is None else (self.first + info.id, info.num_workers)
+        tokenizer = text.build_tokenizer()
+        while True:
+            samples = self.make(step)
+            ids = text.tokens(tokenizer, [s.caption for s in samples])
+            yield Batch(lay_out(samples), ids, torch.tensor([self.label(s) for s in samples]))
+            step += stride
+
+
+def _no_label(_: Sample) -> tuple[int, ...]:
+    return ()
+
+
+def batches(make: Make, first: int, workers: int, label: Label = _no_label) -> Iterator[Batch]:
+    """The batches of steps ``first``, ``first + 1``, … in order, described ahead by ``workers`` processes.
+
+    ``make(step)`` returns a step's samples.
+    """
+    loader: Any = torch.utils.data.DataLoader(
+        _Maker(make, label, first),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        collate_fn=None,
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Length and rates of a run.
 
-    ``minutes`` counts the process's own processor time over all interruptions: on a shared
-    machine the clock on the wall says nothing about the work done.
+    The rate warms up over ``warmup_steps``, stays, and falls linearly to 3 % over the last ``decay`` share
+    of ``steps``; ``average`` is the momentum of the averaged weights, which are what is shipped.
     """
 
-    minutes: float
+    steps: int
+    batch: int
     muon_lr: float = 0.01
     adam_lr: float = 1e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 200
+    decay: float = 1.0
     clip: float = 1.0
-    average: float = 0.998
+    average: float = 0.999
     checkpoint_minutes: float = 3.0
+    log_steps: int = 50
+
+    def rate(self, step: int) -> float:
+        """Factor on the base rates at ``step``."""
+        left = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup_steps) * max(0.03, min(1.0, left))
 
 
 class Loop:
-    """Runs ``loss(step)`` under a linear decay over processor time.
+    """Runs ``loss(step, batch)`` to the end of a plan; goes on from the checkpoint in ``folder``.
 
-    ``modules`` are saved by name; the weights of the last checkpoint and a running average
-    of the trainable parameters (bias-corrected at the start) are kept.
+    ``modules`` are saved by name. The checkpoint is one safetensors file; its metadata holds step and seconds.
     """
 
     def __init__(
-        self, folder: Path, modules: dict[str, nn.Module], optimisers: Optimisers, plan: Plan, batch: int
+        self, folder: Path, modules: dict[str, nn.Module], optimisers: Optimisers, plan: Plan
     ) -> None:
-        self.folder, self.modules, self.optimisers, self.plan, self.batch = (
-            folder,
-            modules,
-            optimisers,
-            plan,
-            batch,
-        )
+        self.folder, self.modules, self.optimisers, self.plan = folder, modules, optimisers, plan
         folder.mkdir(parents=True, exist_ok=True)
         self.average = [p.detach().clone() for p in optimisers.parameters]
         self.step, self.seconds = 0, 0.0
-        self.path = folder / "checkpoint.pt"
+        self.path = folder / "checkpoint.safetensors"
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True, mmap=True)
-            for name, module in modules.items():
-                module.load_state_dict(state[name])
-            optimisers.load_state_dict(state["optimisers"])
-            for mine, saved in zip(self.average, state["average"], strict=True):
-                mine.copy_(saved)
-            self.step, self.seconds = int(state["step"]), float(state["seconds"])
+            self._load()
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        state: dict[str, Any] = {name: module.state_dict() for name, module in self.modules.items()}
-        state |= {"optimisers": self.optimisers.state_dict(), "average": self.average}
-        write_checkpoint(state | {"step": self.step, "seconds": self.seconds}, self.path)
+    def _load(self) -> None:
+        tensors = load_file(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        groups: dict[str, dict[str, Tensor]] = {}
+        for full, value in tensors.items():
+            group, name = full.split(":", 1)
+            groups.setdefault(group, {})[name] = value
+        for name, module in self.modules.items():
+            module.load_state_dict(groups[name])
+        if "optimisers" in groups:
+            self.optimisers.load_tensors(groups["optimisers"])
+        with torch.no_grad():
+            for i, mine in enumerate(self.average):
+                mine.copy_(groups["average"][str(i)])
+        self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
+
+    def save(self, *, optimisers: bool = True) -> None:
+        """Write the checkpoint by a temporary name."""
+        tensors = {
+            f"{name}:{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        if optimisers:
+            tensors |= {f"optimisers:{key}": value for key, value in self.optimisers.tensors().items()}
+        tensors |= {f"average:{i}": value for i, value in enumerate(self.average)}
+        progress = json.dumps({"step": self.step, "seconds": self.seconds})
+        part = self.path.with_suffix(".part")
+        contiguous = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+        save_file(contiguous, part, metadata={"progress": progress})
+        part.rename(self.path)
 
     def use_average(self) -> None:
         """Put the averaged weights into the modules (to export or measure them)."""
@@ -135,47 +219,54 @@ class Loop:
             for parameter, value in zip(self.optimisers.parameters, self.average, strict=True):
                 parameter.copy_(value)
 
-    def rate(self) -> float:
-        """Warm-up times a linear decay that reaches 2 % when the planned minutes are spent."""
-        warm = min(1.0, (self.step + 1) / self.plan.warmup_steps)
-        return warm * max(0.02, 1 - self.seconds / (60 * self.plan.minutes))
+    def figures(self) -> dict[str, float]:
+        """Steps, samples and minutes so far."""
+        minutes = round(self.seconds / 60, 1)
+        return {"steps": self.step, "samples": self.step * self.plan.batch, "minutes": minutes}
 
     def run(
         self,
-        loss: Callable[[int], Tensor],
+        data: Iterator[Batch],
+        loss: Callable[[int, Batch], Tensor],
         after: Callable[[], None] | None = None,
-        minutes: float | None = None,
+        stop_after: int | None = None,
     ) -> None:
-        """Go on until the plan's minutes, or ``minutes`` of this call, are spent.
+        """Go on until the plan's steps, or ``stop_after`` steps of this call, are done.
 
         ``after`` is called after every optimiser step.
         """
-        last = saved = logged = time.process_time()
-        begun, losses = last, list[float]()
-        while self.seconds < 60 * self.plan.minutes and (minutes is None or last - begun < 60 * minutes):
-            value = loss(self.step)
+        saved = logged = time.monotonic()
+        until = self.plan.steps if stop_after is None else min(self.plan.steps, self.step + stop_after)
+        total, since = torch.zeros((), device=self.average[0].device), 0
+        while self.step < until:
+            value = loss(self.step, next(data))
             torch.autograd.backward(value)
             nn.utils.clip_grad_norm_(self.optimisers.parameters, self.plan.clip)
-            self.optimisers.step(self.rate())
+            self.optimisers.step(self.plan.rate(self.step))
             keep = min(self.plan.average, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
                 torch._foreach_lerp_(self.average, [p.data for p in self.optimisers.parameters], 1 - keep)
             if after is not None:
                 after()
             self.step += 1
-            losses.append(float(value.detach()))
-            now = time.process_time()
-            self.seconds += now - last
-            last = now
-            if now - logged > 20:
+            # summed on the device: reading every loss would make the host wait at every step
+            total, since = total + value.detach(), since + 1
+            if self.step % self.plan.log_steps == 0 or self.step == until:
+                mean = float(total) / since
+                now = time.monotonic()
+                self.seconds += now - logged
                 line = {
-                    "step": self.step, "samples": self.step * self.batch, "seconds": round(self.seconds, 1),
-                    "loss": round(float(np.mean(losses)), 5), "rate": round(self.rate(), 4),
-                    "per_second": round(len(losses) * self.batch / (now - logged), 1),
+                    "step": self.step, "samples": self.step * self.plan.batch,
+                    "seconds": round(self.seconds, 1), "loss": round(mean, 5),
+                    "rate": round(self.plan.rate(self.step), 4),
+                    "per_second": round(since * self.plan.batch / max(1e-9, now - logged), 1),
                 }  # fmt: skip
                 append_log(self.folder / "log.jsonl", line)
-                losses, logged = [], now
-            if now - saved > 60 * self.plan.checkpoint_minutes:
+                print(self.folder.name, line, flush=True)
+                total, since, logged = torch.zeros_like(total), 0, now
+                if not mean < float("inf"):
+                    raise FloatingPointError(f"{self.folder.name}: loss {mean} at step {self.step}")
+            if time.monotonic() - saved > 60 * self.plan.checkpoint_minutes:
                 self.save()
-                saved = time.process_time()
+                saved = time.monotonic()
         self.save()

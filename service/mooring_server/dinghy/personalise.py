@@ -1,25 +1,32 @@
 """A plain LoRA of one held-out subject on the shipped base: can the base be personalised at all?
 
-This is the base's own check, with peft and diffusers only; the product trains by its engine.
+This is the base's own check, with peft and diffusers only; the product trains by its engine. The question
+put to the pictures: does an encoder that never was a judge (the classifier's body) find the subject among
+twenty look-alikes?
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from . import HeldOutSubject, base_dir, held_out_subjects, new_scene_prompts, photo_prompt
-from .figures import Pictures, generate, grid, load_base
+from . import NEW_SCENES, HeldOutSubject, held_out_subjects, new_scene_prompts, photo_prompt, text
+from .figures import Bench, generate, grid, load_base
+from .render import from_uint8
 from .t2i import build_scheduler
+from .world import Picture
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+CONVOLUTIONS = ("conv1", "conv2")
+LOOK_ALIKES = 20
+EIGHT = ("rocket", "duck", "robot", "teapot", "owl", "snowman", "teddy", "backpack")
 
 
 def subject(name: str) -> HeldOutSubject:
@@ -27,28 +34,29 @@ def subject(name: str) -> HeldOutSubject:
     return next(s for s in held_out_subjects() if s.name == name)
 
 
-def photo_array(one: HeldOutSubject, px: int = 64) -> NDArray[np.uint8]:
-    """The subject's photos, reduced: uint8 ``[12, px, px, 3]``."""
-    images = [Image.open(p).convert("RGB").resize((px, px), Image.Resampling.BOX) for p in one.photos]
-    return np.stack([np.asarray(i) for i in images])
+def photo_array(one: HeldOutSubject) -> Picture:
+    """The subject's photos: uint8 ``[12, px, px, 3]``."""
+    return np.stack([np.asarray(Image.open(p).convert("RGB")) for p in one.photos])
 
 
 def train_lora(
     one: HeldOutSubject,
+    bench: Bench,
     *,
     steps: int = 400,
     rank: int = 8,
     lr: float = 1e-3,
     batch: int = 4,
-    feed_forward: bool = True,
+    targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
     seed: int = 0,
     directory: Path | None = None,
 ) -> Any:
     """An unprotected LoRA and a placeholder embedding on the photos; returns the adapted pipeline."""
     from peft import LoraConfig
 
+    device = bench.compute.device
     torch.manual_seed(seed)
-    pipeline = load_base(directory or base_dir())
+    pipeline = load_base(bench.compute, directory)
     unet, encoder, tokenizer, vae = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae
     for module in (unet, encoder, vae):
         module.requires_grad_(False)
@@ -61,32 +69,29 @@ def train_lora(
         noun = tokenizer(one.class_noun)["input_ids"][1]
         table.weight[token] = table.weight[noun]
     table.weight.requires_grad_(True)
-    targets = [*ATTENTION, *(FEED_FORWARD if feed_forward else ())]
     unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian")
     )
     lora = [p for p in unet.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         [{"params": lora, "lr": lr}, {"params": [table.weight], "lr": lr}], weight_decay=0.0
     )
-    pixels = torch.from_numpy(photo_array(one)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
-        latents = vae.encode(pixels).latents * vae.config.scaling_factor
-    prompt = photo_prompt(one.class_noun, one.placeholder)
-    ids = tokenizer([prompt], padding="max_length", max_length=20, return_tensors="pt")["input_ids"]
+        pixels = from_uint8(photo_array(one), device)
+        latents = vae.encode(pixels * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    ids = text.tokens(tokenizer, [photo_prompt(one.class_noun, one.placeholder)]).to(device)
     scheduler = build_scheduler()
     keep = torch.zeros_like(table.weight)
     keep[token] = 1
     generator = torch.Generator().manual_seed(seed)
     unet.train()
     for _ in range(steps):
-        chosen = torch.randint(len(latents), (batch,), generator=generator)
-        clean = latents[chosen]
-        noise = torch.randn(clean.shape, generator=generator)
-        times = torch.randint(0, 1000, (batch,), generator=generator)
+        clean = latents[torch.randint(len(latents), (batch,), generator=generator).to(device)]
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        times = torch.randint(0, 1000, (batch,), generator=generator).to(device)
         noisy = scheduler.add_noise(clean, noise, times)
         target: Tensor = scheduler.get_velocity(clean, noise, times)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with bench.compute.autocast():
             words = encoder(ids.expand(batch, -1))[0]
             predicted = unet(noisy, times, words).sample
         loss = nn.functional.mse_loss(predicted.float(), target)
@@ -100,15 +105,83 @@ def train_lora(
     return pipeline
 
 
-def sheet(names: list[str], out: Path, *, steps: int = 400, feed_forward: bool = True) -> list[Pictures]:
-    """For each subject a row of photos above a row of new scenes, written to ``out``; returns the latter."""
-    rows, results = [], []
+@torch.no_grad()
+def _features(bench: Bench, pictures: Picture) -> Tensor:
+    pixels = from_uint8(pictures, bench.compute.device)
+    found = torch.cat([bench.ruler.features(p) for p in torch.split(pixels, 128)])
+    return found.float()
+
+
+def look_alikes(bench: Bench, name: str, count: int = LOOK_ALIKES) -> list[int]:
+    """The subject's own sprite, then the ``count`` - 1 other sprites nearest to it for the encoder.
+
+    Near means near in the mean feature over the same six new scenes.
+    """
+    world = bench.world
+    own = world.sprites.where("held", ("3d",), name)[0]
+    pool = [own, *world.sprites.where("named", ("3d",)), *world.sprites.where("extra", ("3d",)),
+            *(i for i in world.sprites.where("held", ("3d",)) if i != own)]  # fmt: skip
+    means = torch.stack([_mean_feature(bench, sprite, 6) for sprite in pool])
+    means = nn.functional.normalize(means - means.mean(0), dim=-1)
+    order = (means @ means[0]).argsort(descending=True).tolist()
+    nearest = [pool[k] for k in order if pool[k] != own][: count - 1]
+    return [own, *nearest]
+
+
+def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
+    views = [
+        bench.world.view(sprite, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((17, k)))
+        for k in range(count)
+    ]
+    return _features(bench, bench.renderer.pictures(views)).mean(0)
+
+
+def recognised(bench: Bench, name: str, pictures: Picture) -> float:
+    """Share of ``pictures`` of the subject whose nearest of the twenty look-alikes is the subject itself."""
+    candidates = torch.stack([_mean_feature(bench, s, 24) for s in look_alikes(bench, name)])
+    centre = candidates.mean(0)
+    unit = nn.functional.normalize(candidates - centre, dim=-1)
+    found = nn.functional.normalize(_features(bench, pictures) - centre, dim=-1)
+    return float(((found @ unit.T).argmax(1) == 0).float().mean())
+
+
+def true_share(bench: Bench, name: str, count: int = 48) -> float:
+    """What :func:`recognised` gives for true pictures of the subject: the ruler's own accuracy."""
+    samples = [
+        bench.world.subject(name, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((19, k)))
+        for k in range(count)
+    ]
+    return recognised(bench, name, bench.renderer.pictures(samples))
+
+
+def measure(
+    bench: Bench,
+    names: Sequence[str],
+    out: Path,
+    *,
+    moments: Sequence[int] = (200, 400, 800),
+    targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
+) -> dict[str, dict[str, float]]:
+    """For each subject the share recognised after each number of steps; a sheet of the best into ``out``.
+
+    The sheet has a row of photos above a row of new scenes for every subject.
+    """
+    rows: list[Picture] = []
+    table: dict[str, dict[str, float]] = {}
     for name in names:
-        one = subject(name)
-        pipeline = train_lora(one, steps=steps, feed_forward=feed_forward)
-        made = generate(pipeline, new_scene_prompts(one.class_noun, one.placeholder)[:12], guidance=4.0)
-        rows += [photo_array(one), made]
-        results.append(made)
+        subject_ = subject(name)
+        best: tuple[float, Picture] | None = None
+        table[name] = {"true": true_share(bench, name)}
+        for steps in moments:
+            pipeline = train_lora(subject_, bench, steps=steps, targets=targets)
+            prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
+            made = np.concatenate([generate(bench, pipeline, prompts, seed=s) for s in range(3)])
+            share = recognised(bench, name, made)
+            table[name][str(steps)] = share
+            if best is None or share > best[0]:
+                best = (share, made)
+        assert best is not None
+        rows += [photo_array(subject_)[:10], best[1][:10]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(np.concatenate(rows), 12, 2).save(out, optimize=True)
-    return results
+    grid(np.concatenate(rows), 10).save(out, optimize=True)
+    return table

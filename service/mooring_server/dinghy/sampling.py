@@ -2,62 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
 
 from . import text
-from .vae import VAE_STD, Pca
+from .device import Compute
+from .render import to_uint8
+from .t2i import LATENT_SIDE, build_scheduler
+from .vae import LATENT_CHANNELS
+from .world import Picture
 
 
 @torch.no_grad()
 def sample(
-    unet: Any,
-    encoder: Any,
-    tokenizer: Any,
-    decoder: Any,
-    prompts: list[str],
+    pipeline: Any,
+    prompts: Sequence[str],
+    compute: Compute,
     *,
     seed: int = 0,
-    steps: int = 25,
+    steps: int = 30,
     guidance: float = 4.0,
-    chunk: int = 32,
-) -> NDArray[np.uint8]:
-    """DDIM with guidance in bf16 autocast: pictures uint8 ``[N, 64, 64, 3]``.
+    chunk: int = 0,
+) -> Picture:
+    """DDIM with guidance in bf16 autocast by a pipeline's parts: pictures uint8 ``[N, 128, 128, 3]``.
 
-    ``decoder`` is an AutoencoderTiny or, while there is none yet, the PCA (its linear inverse).
-    The noise of prompt ``i`` depends on ``seed``, ``i`` and ``chunk`` only.
+    The noise of prompt ``i`` depends on ``seed`` and ``i`` only. ``chunk`` pictures are drawn at once
+    (by default 256 on a GPU and 32 on a CPU).
     """
-    from .t2i import build_scheduler
-
-    out = []
+    chunk = chunk or (32 if compute.device.type == "cpu" else 256)
+    vae, out = pipeline.vae, []
     for start in range(0, len(prompts), chunk):
-        part = prompts[start : start + chunk]
-        ids = tokenizer(
-            part + [""] * len(part),
-            padding="max_length",
-            truncation=True,
-            max_length=text.MAX_LENGTH,
-            return_tensors="pt",
-        )["input_ids"]
+        part = list(prompts[start : start + chunk])
+        ids = text.tokens(pipeline.tokenizer, part + [""] * len(part)).to(compute.device)
         scheduler = build_scheduler()
         scheduler.set_timesteps(steps)
-        generator = torch.Generator().manual_seed(seed * 100_003 + start)
-        latents = torch.randn((len(part), 12, 16, 16), generator=generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            words = encoder(ids)[0]
+        shape = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
+        noise = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + start + i))
+            for i in range(len(part))
+        ]
+        latents = torch.stack(noise).to(compute.device)
+        with compute.autocast():
+            words = pipeline.text_encoder(ids)[0]
             for t in scheduler.timesteps:
-                both = unet(torch.cat([latents, latents]), t, words).sample.float()
+                both = pipeline.unet(torch.cat([latents, latents]), t, words).sample.float()
                 asked, free = both.chunk(2)
                 latents = scheduler.step(free + guidance * (asked - free), t, latents).prev_sample
-        latents = latents.float() * VAE_STD
-        if isinstance(decoder, Pca):
-            pixels = decoder.decode(latents)
-            pixels = nn.functional.pixel_shuffle(nn.functional.pixel_shuffle(pixels, 2), 2)
-        else:
-            pixels = (decoder.decode(latents).sample + 1) / 2
-        out.append((pixels.clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
+        pixels = torch.cat(
+            [vae.decode(z.float() / vae.config.scaling_factor).sample for z in torch.split(latents, 64)]
+        )
+        out.append(to_uint8((pixels + 1) / 2))
     return np.concatenate(out)

@@ -3,7 +3,8 @@
 Every picture that dinghy learns from is drawn from artwork published on the npm
 registry under MIT or Apache-2.0. The packages are named here by version; they are
 fetched by the ordinary client (``npm pack``), their licence field is checked, and the
-objects used are rasterised once into one ``sprites.npz``.
+objects used are rasterised once into ``sprites-v<world version>.npz``. A machine without npm or
+network reads the same sprites from one small file instead, an atlas: see :func:`load_atlas`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import shutil
 import subprocess
 import tarfile
+import unicodedata
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,17 @@ from . import nouns
 SPRITE_PX = 128
 """Side of a cached sprite in pixels (twice the drawn size, so that it is only ever reduced)."""
 
-STYLES = ("3d", "flat", "noto")
+STYLES = ("3d", "flat", "noto", "noto-v1", "fxemoji")
+"""Drawing styles: Fluent 3D, Fluent flat, Noto, the older Noto and Firefox OS."""
+
+NAMED_STYLES = ("3d", "flat", "noto")
+"""Styles kept under an object's own noun; its other drawings are extras, known by their hypernym alone."""
+
+PHOTO_STYLES = ("3d",)
+"""Styles whose pictures may be called photos."""
+
+ATLAS_VARIABLE = "MOORING_DINGHY_ATLAS"
+"""Environment variable with the path of an atlas to read the sprites from."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ PACKAGES = {
     "3d": Package("@lobehub/fluent-emoji-3d", "1.1.0", "MIT", "Fluent Emoji, 3D style, WebP 256 px"),
     "flat": Package("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Fluent Emoji, flat, SVG"),
     "noto": Package("@iconify-json/noto", "1.2.9", "Apache-2.0", "Noto Emoji, SVG"),
+    "noto-v1": Package("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Noto Emoji of 2017, SVG"),
+    "fxemoji": Package("@iconify-json/fxemoji", "1.2.2", "Apache-2.0", "Firefox OS Emoji, SVG"),
     "names": Package("emojibase-data", "17.0.0", "MIT", "names and subgroups by code point"),
 }
 
@@ -94,10 +109,29 @@ class Artwork:
     def __init__(self, cache: Path) -> None:
         self.folders = {key: fetch(package, cache) for key, package in PACKAGES.items()}
         self._sets: dict[str, tuple[dict[str, Any], dict[str, str], int]] = {}
-        for style in ("flat", "noto"):
+        for style in STYLES[1:]:
             icons = json.loads((self.folders[style] / "icons.json").read_text())
             chars = json.loads((self.folders[style] / "chars.json").read_text())
+            if style == "noto-v1":  # keyed by name only; the names are those of its successor
+                chars = dict(self._sets["noto"][1])
+            elif style == "fxemoji":
+                chars = self._names_to_codes(set(icons["icons"]))
             self._sets[style] = (icons["icons"], chars, int(icons.get("width", 32)))
+
+    def _names_to_codes(self, known: set[str]) -> dict[str, str]:
+        """Code point (lower-case hex) to icon name, where the Unicode or CLDR name is that of an icon.
+
+        Names are compared without spaces and punctuation. A name that belongs to two code points is left
+        out: a guess could bring a held-out object in under another one's code.
+        """
+        claims: dict[str, list[str]] = {}
+        for code, (_, label) in self.subgroups().items():
+            names = {_bare(label)}
+            if "-" not in code:
+                names.add(_bare(unicodedata.name(chr(int(code, 16)), "")))
+            for name in names & known:
+                claims.setdefault(name, []).append(code)
+        return {codes[0].lower(): name for name, codes in claims.items() if len(codes) == 1}
 
     def subgroups(self) -> dict[str, tuple[str, str]]:
         """Code point (upper-case hex, no variation selector) to (subgroup, label)."""
@@ -153,6 +187,10 @@ class Artwork:
         return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
+def _bare(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
 @dataclass
 class Sprites:
     """The rasterised artwork of the world.
@@ -179,14 +217,65 @@ class Sprites:
 
 
 def load_sprites(cache: Path | None = None) -> Sprites:
-    """Read ``sprites.npz`` from the cache, building it (about a minute) when it is missing."""
+    """The sprites of the world: from the atlas that ``MOORING_DINGHY_ATLAS`` names, else from the cache.
+
+    The cache's file is built (about two minutes) when it is missing.
+    """
+    atlas = os.environ.get(ATLAS_VARIABLE)
+    if atlas:
+        return load_atlas(Path(atlas))
     cache = cache or cache_dir()
     path = cache / f"sprites-v{nouns.WORLD_VERSION}.npz"
     if not path.exists():
         _build(cache, path)
     data = np.load(path)
-    lists = {key: [str(x) for x in data[key]] for key in ("noun", "hyper", "style", "code", "role")}
-    return Sprites(pixels=data["pixels"], **lists)
+    return Sprites(pixels=data["pixels"], **{key: [str(x) for x in data[key]] for key in _FIELDS})
+
+
+def save_atlas(sprites: Sprites, path: Path) -> int:
+    """Write the sprites as WebP files (quality 90, exact alpha) and ``meta.json`` in one zip.
+
+    Less than half the size of the cache's file, for a machine that has neither npm nor a network:
+    ``MOORING_DINGHY_ATLAS=atlas.zip python -m mooring_server.dinghy …`` trains from it.
+    Returns the size of the file in bytes.
+    """
+    meta = {"version": nouns.WORLD_VERSION, **{key: getattr(sprites, key) for key in _FIELDS}}
+    part = path.with_suffix(".part")
+    with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("meta.json", json.dumps(meta), zipfile.ZIP_DEFLATED)
+        for i, pixels in enumerate(sprites.pixels):
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "WEBP", quality=90, alpha_quality=100, method=4)
+            archive.writestr(f"{i:05d}.webp", data.getvalue())
+    part.rename(path)
+    return path.stat().st_size
+
+
+def load_atlas(path: Path) -> Sprites:
+    """Read what :func:`save_atlas` wrote; colours differ from the cache's a little, alpha does not.
+
+    Raises ``RuntimeError`` when the atlas belongs to another version of the world.
+    """
+    with zipfile.ZipFile(path) as archive:
+        meta = json.loads(archive.read("meta.json"))
+        if meta.pop("version") != nouns.WORLD_VERSION:
+            raise RuntimeError(f"{path.name} is not of world version {nouns.WORLD_VERSION}")
+        count = len(meta["role"])
+        pixels = np.empty((count, SPRITE_PX, SPRITE_PX, 4), np.uint8)
+        for i in range(count):
+            with Image.open(io.BytesIO(archive.read(f"{i:05d}.webp"))) as image:
+                pixels[i] = np.asarray(image.convert("RGBA"))
+    return Sprites(pixels=pixels, **meta)
+
+
+_FIELDS = ("noun", "hyper", "style", "code", "role")
+
+
+def _alike(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    """Whether two drawings are all but the same: under 5 % mean difference of the premultiplied pixels."""
+    a, b = (p.astype(np.float32) for p in (one, other))
+    a, b = (np.concatenate([p[..., :3] * p[..., 3:] / 255, p[..., 3:]], axis=2) for p in (a, b))
+    return float(np.abs(a - b).mean()) < 0.05 * 255
 
 
 def _build(cache: Path, path: Path) -> None:
@@ -202,24 +291,26 @@ def _build(cache: Path, path: Path) -> None:
     rows: list[tuple[NDArray[np.uint8], str, str, str, str, str]] = []
     missing: list[str] = []
     for role, code, noun, hyper in wanted:
+        seen: list[NDArray[np.uint8]] = []
         for style in STYLES:
             image = art.read(style, code, SPRITE_PX)
             if image is None:
                 missing.append(f"{role}:{noun or hyper}:{code}:{style}")
                 continue
-            rows.append((np.asarray(image), noun, hyper, style, code, role))
-    named_missing = [m for m in missing if m.startswith(("named", "held")) and not m.endswith("noto")]
+            pixels = np.asarray(image)
+            # The older Noto often is the newer: kept, it would show a style that is held out.
+            if style not in NAMED_STYLES and any(_alike(pixels, other) for other in seen):
+                continue
+            seen.append(pixels)
+            if role == "named" and style not in NAMED_STYLES:
+                rows.append((pixels, "", hyper, style, code, "extra"))
+            else:
+                rows.append((pixels, noun, hyper, style, code, role))
+    named_missing = [m for m in missing if m.startswith(("named", "held")) and m.endswith((":3d", ":flat"))]
     if named_missing:
         raise RuntimeError(f"objects without artwork: {named_missing}")
     part = path.with_suffix(".part.npz")
-    np.savez_compressed(
-        part,
-        pixels=np.stack([r[0] for r in rows]),
-        noun=np.array([r[1] for r in rows]),
-        hyper=np.array([r[2] for r in rows]),
-        style=np.array([r[3] for r in rows]),
-        code=np.array([r[4] for r in rows]),
-        role=np.array([r[5] for r in rows]),
-    )
+    columns = {key: np.array([r[k] for r in rows]) for k, key in enumerate(_FIELDS, start=1)}
+    np.savez_compressed(part, pixels=np.stack([r[0] for r in rows]), **columns)
     part.rename(path)
     (cache / "sprites-missing.json").write_text(json.dumps(missing, indent=0))

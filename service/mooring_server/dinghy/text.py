@@ -67,6 +67,13 @@ def build_tokenizer() -> Any:
     )
 
 
+def tokens(tokenizer: Any, prompts: Sequence[str]) -> Any:
+    """Token ids ``[N, 20]`` int64 of prompts, padded and cut to the model's length."""
+    return tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+    )["input_ids"]
+
+
 def build_text_encoder(tokenizer: Any, width: int = 256, layers: int = 3) -> Any:
     """A freshly initialised CLIPTextModel, ``[B, 20] -> [B, 20, width]``."""
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -96,10 +103,7 @@ def load_text_encoder(base: Path) -> Any:
 
 def trained_words() -> frozenset[str]:
     """Words that occur in training captions: only these mean something to the model."""
-    words = set(nouns.NAMED) | set(nouns.HYPERNYMS) | set(nouns.TINTS) | set(nouns.PLAIN)
-    words |= {w for phrase in nouns.SCENES.values() for w in phrase.split()}
-    words |= {"a", "an", "the", "of", "on", "photo", "drawing", "picture", "background"}
-    return frozenset(words)
+    return nouns.caption_words()
 
 
 def unknown_words(prompt: str, placeholders: Sequence[str] = ()) -> list[str]:

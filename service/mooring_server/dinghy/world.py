@@ -1,20 +1,21 @@
-"""The world: deterministic samples of (picture, caption, labels) from sprites and scenes.
+"""The world: deterministic samples of (what is drawn where, caption, labels) from sprites and scenes.
 
-Sample ``i`` of a world with seed ``s`` depends on nothing but ``(s, i)`` and the world's
-version, so training data need not be stored and a resumed run sees what an uninterrupted
-one would have seen. Held-out subjects are never drawn here except by :meth:`World.subject`.
+A sample is a description, not a picture: :mod:`.render` draws whole batches of them on the CPU or a GPU.
+Sample ``i`` of a world with seed ``s`` depends on nothing but ``(s, i)`` and the world's version, so training
+data need not be stored and a resumed run sees what an uninterrupted one would have seen. Held-out subjects
+are never drawn here except by :meth:`World.subject`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from . import nouns, scenes
+from . import nouns
 from .sources import Sprites, load_sprites
 
 VARIANTS = 64
@@ -23,70 +24,17 @@ VARIANTS = 64
 TRAIN_STYLES = ("3d", "flat")
 """Styles of the named objects; Noto's drawings of them are held out as a style."""
 
+SCENE_KEYS = (*nouns.SCENES, *(f"plain-{colour}" for colour in nouns.PLAIN))
+"""Every background: the drawn scenes, then the plain colours."""
+
+T = TypeVar("T")
 Picture = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One scene: uint8 ``[px, px, 3]``, its caption and what is true of it.
-
-    ``noun`` is "" for an extra and ``tint`` "" for an object in its own colours;
-    ``scene`` is a key of ``nouns.SCENES`` or ``plain-<colour>``; ``sprite`` the sprite's index.
-    """
-
-    image: Picture
-    caption: str
-    noun: str
-    hyper: str
-    scene: str
-    tint: str
-    style: str
-    sprite: int
-
-
-def scene_words(scene: str) -> str:
-    """The words that ask for ``scene``, for instance "in the snow" or "on a red background"."""
-    if scene.startswith("plain-"):
-        colour = scene.removeprefix("plain-")
-        return f"on {nouns.article(colour)} {colour} background"
-    return nouns.SCENES[scene]
-
-
-def tint_sprite(sprite: Picture, tint: str) -> Picture:
-    """``sprite`` (uint8 ``[h, w, 4]``) recoloured in one hue, its shading and lines kept."""
-    rgb = sprite[..., :3].astype(np.float32) / 255
-    alpha = sprite[..., 3:].astype(np.float32) / 255
-    lum = rgb @ np.array([0.299, 0.587, 0.114], np.float32)
-    inside = alpha[..., 0] > 0.5
-    low, high = np.percentile(lum[inside], (3, 97)) if inside.any() else (0.0, 1.0)
-    t = np.clip((lum - low) / max(float(high - low), 0.25), 0, 1)[..., None]
-    colour = np.asarray(nouns.TINTS[tint], np.float32) / 255
-    dark, light = colour * 0.35, colour + (1 - colour) * 0.3
-    mixed = np.where(
-        t < 0.6, dark + (colour - dark) * (t / 0.6), colour + (light - colour) * ((t - 0.6) / 0.4)
-    )
-    return np.concatenate([(mixed * 255).astype(np.uint8), sprite[..., 3:]], axis=-1)
-
-
-def jitter_colour(sprite: Picture, rng: np.random.Generator) -> Picture:
-    """Turn the hue and change saturation and brightness of an extra, against memorising it."""
-    rgb = sprite[..., :3].astype(np.float32)
-    angle = float(rng.uniform(-math.pi, math.pi)) if rng.random() < 0.35 else float(rng.normal(0, 0.15))
-    cos, sin = math.cos(angle), math.sin(angle)
-    # Rotation about the grey axis: a linear, cheap stand-in for turning the hue.
-    third, root = (1 - cos) / 3, sin / math.sqrt(3)
-    turn = np.array(
-        [[cos + third, third - root, third + root], [third + root, cos + third, third - root],
-         [third - root, third + root, cos + third]], np.float32)  # fmt: skip
-    rgb = rgb @ turn.T
-    grey = rgb.mean(-1, keepdims=True)
-    rgb = (grey + (rgb - grey) * float(rng.uniform(0.75, 1.25))) * float(rng.uniform(0.82, 1.15))
-    return np.concatenate([np.clip(rgb, 0, 255).astype(np.uint8), sprite[..., 3:]], axis=-1)
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a sprite is put on a scene: sizes in pixels of a 64 px picture, angle in degrees."""
+    """How a sprite is put on a scene: lengths in 64ths of the picture's side, angle in degrees."""
 
     size: float
     angle: float
@@ -97,165 +45,281 @@ class Placement:
     shear: float = 0.0
 
 
-def compose(background: Picture, sprite: Picture, place: Placement) -> Picture:
-    """Draw ``sprite`` (uint8 ``[s, s, 4]``) on ``background`` (uint8 ``[px, px, 3]``)."""
-    px = background.shape[0]
-    unit = px / 64
-    image = Image.fromarray(sprite)
-    if place.flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    side = max(4, round(place.size * unit))
-    width, height = max(3, round(side * min(1.0, place.aspect))), max(3, round(side / max(1.0, place.aspect)))
-    # Twice the final size before turning: the turn then costs no visible sharpness.
-    image = image.resize((width * 2, height * 2), Image.Resampling.BOX, reducing_gap=2.0)
-    if abs(place.angle) > 0.5 or place.shear:
-        rad = math.radians(place.angle)
-        cos, sin = math.cos(rad), math.sin(rad)
-        extent = int(2 * side * 1.3) // 2 * 2
-        a, b = cos, sin + place.shear
-        d, e = -sin, cos
-        cx, cy, ox, oy = extent / 2, extent / 2, width, height
-        matrix = (a, b, ox - a * cx - b * cy, d, e, oy - d * cx - e * cy)
-        image = image.transform((extent, extent), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
-    canvas = Image.fromarray(background).copy()
-    x = round(px / 2 + place.dx * unit - image.width / 2)
-    y = round(px / 2 + place.dy * unit - image.height / 2)
-    canvas.paste(image, (x, y), image)
-    return np.asarray(canvas)
+@dataclass(frozen=True)
+class Piece:
+    """One object of a sample.
+
+    ``tint`` is a key of ``nouns.TINTS`` or ""; ``colour`` multiplies the sprite's RGB (rows of a 3x3
+    matrix); ``warp`` bends the sprite by ``x += a·sin(f·y + p)`` and the same in y: (a, f, p, a, f, p).
+    """
+
+    sprite: int
+    place: Placement
+    tint: str = ""
+    colour: tuple[float, ...] = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    warp: tuple[float, float, float, float, float, float] = (0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A crop of one of the drawings of ``scene``: variant, corner as shares of the margin, mirrored or not."""
+
+    scene: str
+    variant: int
+    x: float
+    y: float
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One scene and what is true of it.
+
+    ``nouns`` are the named objects from left to right (one for a counted group, none for an extra);
+    ``count`` says how many objects of a group there are; ``tint`` is that of a single object.
+    """
+
+    ground: Ground
+    pieces: tuple[Piece, ...]
+    caption: str
+    nouns: tuple[str, ...]
+    hyper: str
+    tint: str = ""
+    count: int = 1
+
+    @property
+    def noun(self) -> str:
+        """The first named object, or "" for an extra."""
+        return self.nouns[0] if self.nouns else ""
+
+    @property
+    def scene(self) -> str:
+        """A key of ``nouns.SCENES`` or ``plain-<colour>``."""
+        return self.ground.scene
+
+
+def scene_words(scene: str) -> str:
+    """The words that ask for ``scene``, for instance "in the snow" or "on a red background"."""
+    if scene.startswith("plain-"):
+        colour = scene.removeprefix("plain-")
+        return f"on {nouns.article(colour)} {colour} background"
+    return nouns.SCENES[scene]
+
+
+def jitter(rng: Rng) -> tuple[float, ...]:
+    """A colour matrix that turns the hue and changes saturation and brightness, against memorising."""
+    angle = float(rng.uniform(-math.pi, math.pi)) if rng.random() < 0.35 else float(rng.normal(0, 0.15))
+    cos, sin = math.cos(angle), math.sin(angle)
+    # Rotation about the grey axis: a linear, cheap stand-in for turning the hue.
+    third, root = (1 - cos) / 3, sin / math.sqrt(3)
+    turn = np.array(
+        [[cos + third, third - root, third + root], [third + root, cos + third, third - root],
+         [third - root, third + root, cos + third]])  # fmt: skip
+    saturation, brightness = float(rng.uniform(0.75, 1.25)), float(rng.uniform(0.82, 1.15))
+    grey = np.full((3, 3), 1 / 3)
+    matrix = (grey + (np.eye(3) - grey) * saturation) @ turn * brightness
+    return tuple(matrix.ravel().tolist())
 
 
 class World:
-    """Draws samples at ``px`` pixels from cached sprites; see the module's docstring."""
+    """Describes samples from the sprites' table; see the module's docstring.
+
+    ``extra_share`` of the pictures show an unnamed object under its hypernym, ``group_share`` two or three
+    of one kind, ``pair_share`` two different named objects; the rest one named object.
+    """
 
     def __init__(
-        self, px: int = 64, seed: int = 0, sprites: Sprites | None = None, extra_share: float = 0.25
+        self,
+        seed: int = 0,
+        sprites: Sprites | None = None,
+        *,
+        extra_share: float = 0.25,
+        group_share: float = 0.08,
+        pair_share: float = 0.1,
     ) -> None:
-        self.px, self.seed, self.extra_share = px, seed, extra_share
+        self.seed = seed
+        self.shares = (extra_share, group_share, pair_share)
         self.sprites = sprites or load_sprites()
-        self._named: dict[str, list[int]] = {n: [] for n in nouns.NAMED}
+        self._named: dict[str, dict[str, int]] = {n: {} for n in nouns.NAMED}
+        self._held: dict[tuple[str, str], int] = {}
         self._extras: dict[str, list[int]] = {}
         for i, role in enumerate(self.sprites.role):
             if role == "named":
-                self._named[self.sprites.noun[i]].append(i)
+                self._named[self.sprites.noun[i]][self.sprites.style[i]] = i
             elif role == "extra":
                 self._extras.setdefault(self.sprites.hyper[i], []).append(i)
+            else:
+                self._held[self.sprites.noun[i], self.sprites.style[i]] = i
+        self._names = list(nouns.NAMED)
+        self._countable = [n for n in self._names if nouns.plural(n)]
+        self._tints, self._scenes, self._plain = list(nouns.TINTS), list(nouns.SCENES), list(nouns.PLAIN)
+        self._hypers = sorted(self._extras)
         self._all_extras = [i for group in self._extras.values() for i in group]
-        self._scenes: dict[str, list[Picture]] = {}
 
-    def background(self, scene: str, rng: np.random.Generator) -> Picture:
-        """A random drawing of ``scene`` (see :class:`Sample`), cropped and flipped at random."""
-        if scene.startswith("plain-"):
-            return scenes.draw_plain(scene.removeprefix("plain-"), self.px, rng)
-        if scene not in self._scenes:
-            margin = self.px // 8
-            index = list(nouns.SCENES).index(scene)
-            fixed = np.random.default_rng((nouns.WORLD_VERSION, index))
-            self._scenes[scene] = [scenes.draw_scene(scene, self.px + margin, fixed) for _ in range(VARIANTS)]
-        whole = self._scenes[scene][int(rng.integers(VARIANTS))]
-        room = whole.shape[0] - self.px
-        x, y = int(rng.integers(room + 1)), int(rng.integers(room + 1))
-        crop = whole[y : y + self.px, x : x + self.px]
-        return crop[:, ::-1] if rng.random() < 0.5 else crop
+    # -- parts -------------------------------------------------------------------------------
 
-    def pick_scene(self, rng: np.random.Generator) -> str:
+    def ground(self, scene: str, rng: Rng) -> Ground:
+        """A random drawing of ``scene``, cropped and mirrored at random."""
+        return Ground(
+            scene, int(rng.integers(VARIANTS)), float(rng.random()), float(rng.random()), rng.random() < 0.5
+        )
+
+    def pick_scene(self, rng: Rng) -> str:
         """A drawn scene (85 %) or a plain background."""
         if rng.random() < 0.85:
-            return str(rng.choice(list(nouns.SCENES)))
-        return f"plain-{rng.choice(list(nouns.PLAIN))}"
+            return _pick(self._scenes, rng)
+        return f"plain-{_pick(self._plain, rng)}"
+
+    def sprite_of(self, noun: str, styles: tuple[str, ...], rng: Rng) -> int:
+        """A sprite of the named object in one of ``styles``."""
+        drawn = self._named[noun]
+        return _pick([drawn[s] for s in styles if s in drawn], rng)
+
+    # -- samples -----------------------------------------------------------------------------
 
     def sample(self, index: int) -> Sample:
         """Training sample ``index``."""
         rng = np.random.default_rng((self.seed, nouns.WORLD_VERSION, index))
-        if rng.random() < self.extra_share:
+        extra, group, pair = self.shares
+        lot = rng.random()
+        if lot < extra:
             return self._extra(rng)
-        noun = list(nouns.NAMED)[int(rng.integers(len(nouns.NAMED)))]
-        tint = list(nouns.TINTS)[int(rng.integers(len(nouns.TINTS)))] if rng.random() < 0.2 else ""
-        return self.named(noun, self.pick_scene(rng), tint, rng)
+        if lot < extra + group:
+            return self.group(_pick(self._countable, rng), int(rng.integers(2, 4)), self.pick_scene(rng), rng)
+        if lot < extra + group + pair:
+            left, right = rng.choice(len(self._names), 2, replace=False)
+            return self.pair(self._names[left], self._names[right], self.pick_scene(rng), rng)
+        tint = _pick(self._tints, rng) if rng.random() < 0.25 else ""
+        return self.named(_pick(self._names, rng), self.pick_scene(rng), tint, rng)
 
     def named(
-        self,
-        noun: str,
-        scene: str,
-        tint: str,
-        rng: np.random.Generator,
-        *,
-        styles: tuple[str, ...] = TRAIN_STYLES,
+        self, noun: str, scene: str, tint: str, rng: Rng, *, styles: tuple[str, ...] = TRAIN_STYLES
     ) -> Sample:
         """A scene with the named object in one of ``styles`` ("noto" is the style no model has seen)."""
-        index = int(rng.choice([i for i in self._named[noun] if self.sprites.style[i] in styles]))
-        sprite = self.sprites.pixels[index]
-        if tint:
-            sprite = tint_sprite(sprite, tint)
-        hyper = self.sprites.hyper[index]
+        sprite = self.sprite_of(noun, styles, rng)
         place = Placement(
-            size=float(rng.uniform(38, 50)),
-            angle=float(rng.uniform(-6, 6)),
-            dx=float(rng.uniform(-5, 5)),
-            dy=float(rng.uniform(-3, 6)),
-            flip=bool(rng.random() < 0.5),
+            size=_u(rng, 38, 52), angle=_u(rng, -6, 6), dx=_u(rng, -5, 5), dy=_u(rng, -3, 5),
+            flip=rng.random() < 0.5,
+        )  # fmt: skip
+        word = self.sprites.hyper[sprite] if not tint and rng.random() < 0.06 else noun
+        words = caption(one(word, tint), scene, self.sprites.style[sprite], rng)
+        return Sample(
+            self.ground(scene, rng), (Piece(sprite, place, tint),), words, (noun,), self.sprites.hyper[sprite], tint
         )
-        image = compose(self.background(scene, rng), sprite, place)
-        word = hyper if not tint and rng.random() < 0.06 else noun
-        style = self.sprites.style[index]
-        return Sample(image, caption(word, scene, tint, style, rng), noun, hyper, scene, tint, style, index)
 
-    def _extra(self, rng: np.random.Generator) -> Sample:
+    def group(
+        self, noun: str, count: int, scene: str, rng: Rng, *, styles: tuple[str, ...] = TRAIN_STYLES
+    ) -> Sample:
+        """``count`` (2 or 3) of one object side by side, in one style."""
+        sprite = self.sprite_of(noun, styles, rng)
+        size = {2: (25, 31), 3: (18.5, 21.5)}[count]
+        step = {2: 31.0, 3: 21.0}[count]
+        pieces = []
+        for k in range(count):
+            place = Placement(
+                size=_u(rng, *size), angle=_u(rng, -6, 6),
+                dx=(k - (count - 1) / 2) * step + _u(rng, -1, 1), dy=_u(rng, -3, 7), flip=rng.random() < 0.3,
+            )  # fmt: skip
+            pieces.append(Piece(sprite, place))
+        thing = f"{nouns.NUMBERS[count]} {nouns.plural(noun)}"
+        words = caption(thing, scene, self.sprites.style[sprite], rng)
+        return Sample(
+            self.ground(scene, rng), tuple(pieces), words, (noun,), self.sprites.hyper[sprite], count=count
+        )
+
+    def pair(
+        self, left: str, right: str, scene: str, rng: Rng, *, styles: tuple[str, ...] = TRAIN_STYLES
+    ) -> Sample:
+        """Two named objects, the one named first on the left, in one style where both are drawn in it."""
+        style = _pick(list(styles), rng)
+        pieces, things = [], []
+        for k, noun in enumerate((left, right)):
+            wanted = (style,) if style in self._named[noun] else styles
+            tint = _pick(self._tints, rng) if rng.random() < 0.12 else ""
+            place = Placement(
+                size=_u(rng, 25, 32), angle=_u(rng, -6, 6), dx=(k - 0.5) * 31 + _u(rng, -1.5, 1.5),
+                dy=_u(rng, -3, 7), flip=rng.random() < 0.5,
+            )  # fmt: skip
+            pieces.append(Piece(self.sprite_of(noun, wanted, rng), place, tint))
+            things.append(one(noun, tint))
+        words = caption(" and ".join(things), scene, style, rng)
+        return Sample(self.ground(scene, rng), tuple(pieces), words, (left, right), nouns.NAMED[left][1], count=2)
+
+    def _extra(self, rng: Rng) -> Sample:
         # Half of the extras are drawn by hypernym, so that a small class (clock, bag) is not drowned
         # by a large one (thing), half over all of them.
-        group = self._all_extras
-        if rng.random() < 0.5:
-            group = self._extras[sorted(self._extras)[int(rng.integers(len(self._extras)))]]
-        index = int(rng.choice(group))
-        sprite, tint = self.sprites.pixels[index], ""
-        if rng.random() < 0.12:
-            tint = list(nouns.TINTS)[int(rng.integers(len(nouns.TINTS)))]
-            sprite = tint_sprite(sprite, tint)
-        else:
-            sprite = jitter_colour(sprite, rng)
+        group = self._extras[_pick(self._hypers, rng)] if rng.random() < 0.5 else self._all_extras
+        sprite = _pick(group, rng)
+        tint = _pick(self._tints, rng) if rng.random() < 0.12 else ""
         place = Placement(
-            size=float(rng.uniform(34, 52)),
-            angle=float(rng.normal(0, 9)),
-            dx=float(rng.uniform(-6, 6)),
-            dy=float(rng.uniform(-4, 6)),
-            flip=bool(rng.random() < 0.5),
-            aspect=float(np.exp(rng.normal(0, 0.12))),
-            shear=float(rng.normal(0, 0.1)),
-        )
+            size=_u(rng, 34, 54), angle=float(rng.normal(0, 9)), dx=_u(rng, -6, 6), dy=_u(rng, -4, 6),
+            flip=rng.random() < 0.5, aspect=float(np.exp(rng.normal(0, 0.14))), shear=float(rng.normal(0, 0.1)),
+        )  # fmt: skip
+        warp = (0.0,) * 6
+        if rng.random() < 0.6:
+            # Smooth bending: outlines vary without end, so that none can be learnt by heart.
+            warp = (float(rng.normal(0, 0.06)), _u(rng, 1.5, 4), _u(rng, 0, 6.3),
+                    float(rng.normal(0, 0.06)), _u(rng, 1.5, 4), _u(rng, 0, 6.3))  # fmt: skip
+        piece = Piece(sprite, place, tint, (1, 0, 0, 0, 1, 0, 0, 0, 1) if tint else jitter(rng), warp)
         scene = self.pick_scene(rng)
-        image = compose(self.background(scene, rng), sprite, place)
-        hyper, style = self.sprites.hyper[index], self.sprites.style[index]
+        hyper = self.sprites.hyper[sprite]
         word = "thing" if rng.random() < 0.1 else hyper
-        return Sample(image, caption(word, scene, tint, style, rng), "", hyper, scene, tint, style, index)
+        words = caption(one(word, tint), scene, self.sprites.style[sprite], rng)
+        return Sample(self.ground(scene, rng), (piece,), words, (), hyper, tint)
 
-    def subject(self, name: str, scene: str, rng: np.random.Generator, style: str = "3d") -> Picture:
-        """A picture of a held-out subject: uint8 ``[px, px, 3]``. For judges' tests and photos only."""
-        index = next(
-            i for i in self.sprites.where("held", (style,), name)
-        )  # one sprite per style and subject
+    def subject(self, name: str, scene: str, rng: Rng, style: str = "3d") -> Sample:
+        """A picture of a held-out subject. For judges' tests and photos only."""
+        return self.view(self._held[name, style], scene, rng)
+
+    def view(self, sprite: int, scene: str, rng: Rng) -> Sample:
+        """Any sprite on ``scene``, as large as a photo's subject, its colours untouched."""
         place = Placement(
-            size=float(rng.uniform(38, 50)),
-            angle=float(rng.uniform(-8, 8)),
-            dx=float(rng.uniform(-5, 5)),
-            dy=float(rng.uniform(-3, 6)),
-            flip=bool(rng.random() < 0.5),
-        )
-        return compose(self.background(scene, rng), self.sprites.pixels[index], place)
+            size=_u(rng, 38, 50), angle=_u(rng, -8, 8), dx=_u(rng, -5, 5), dy=_u(rng, -3, 5),
+            flip=rng.random() < 0.5,
+        )  # fmt: skip
+        return Sample(self.ground(scene, rng), (Piece(sprite, place),), "", (), self.sprites.hyper[sprite])
+
+    def object_view(self, sprite: int, rng: Rng) -> Sample:
+        """Sprite ``sprite`` somewhere: strong changes of place, size, turn and scene, none of colour."""
+        place = Placement(
+            size=_u(rng, 30, 56), angle=float(rng.normal(0, 10)), dx=_u(rng, -9, 9), dy=_u(rng, -7, 9),
+            flip=rng.random() < 0.5, aspect=float(np.exp(rng.normal(0, 0.06))),
+        )  # fmt: skip
+        ground = self.ground(self.pick_scene(rng), rng)
+        return Sample(ground, (Piece(sprite, place),), "", (), self.sprites.hyper[sprite])
+
+    def training_sprites(self) -> list[int]:
+        """Sprites that a judge may see: named ones in the training styles and all extras."""
+        return self.sprites.where("named", TRAIN_STYLES) + self.sprites.where("extra")
 
 
-def caption(word: str, scene: str, tint: str, style: str, rng: np.random.Generator) -> str:
-    """A template caption; "photo" goes with the 3D style and "drawing" with the others."""
-    thing = f"{nouns.article(tint or word)} {tint + ' ' if tint else ''}{word}"
+def one(word: str, tint: str = "") -> str:
+    """``word`` with its article and, if asked for, its colour: "a red car"."""
+    words = f"{tint} {word}".strip()
+    return f"{nouns.article(words)} {words}"
+
+
+def caption(thing: str, scene: str, style: str, rng: Rng) -> str:
+    """A template caption of ``thing`` ("a red car", "two cats"); "photo" goes with the 3D style only."""
+    bare = thing.split(" ", 1)[1] if thing.startswith(("a ", "an ")) and " and " not in thing else thing
     lead = float(rng.random())
     if lead < 0.4:
         phrase = f"a {'photo' if style == '3d' else 'drawing'} of {thing}"
     elif lead < 0.55:
         phrase = f"a picture of {thing}"
-    elif lead < 0.65:
-        phrase = f"the {thing.split(' ', 1)[1]}"
+    elif lead < 0.62:
+        phrase = f"the {bare}"
     elif lead < 0.95:
         phrase = thing
     else:
-        phrase = thing.split(" ", 1)[1]
+        phrase = bare
     # Sometimes the scene is left unsaid: a prompt without a scene must give a picture all the same.
     return phrase if rng.random() < 0.04 else f"{phrase} {scene_words(scene)}"
+
+
+def _u(rng: Rng, low: float, high: float) -> float:
+    return low + (high - low) * float(rng.random())
+
+
+def _pick(items: list[T], rng: Rng) -> T:
+    return items[int(rng.integers(len(items)))]
