@@ -33,7 +33,7 @@ class Network:
         return ArenaLayout(shapes, rank)
 
 
-# attention of the transformer blocks: q, k, v, out on the image's tokens; cross attention's k, v on 77 of text
+# attention of the transformer blocks: q, k, v, out on the image's tokens; k, v of cross attention on 77
 SD15 = Network(
     "SD1.5",
     (
