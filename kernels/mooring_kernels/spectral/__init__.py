@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mooring_kernels.spectral.cap import CapMethod, spectral_cap_
+from mooring_kernels.spectral.finite import check_finite
 from mooring_kernels.spectral.op import (
     KINDS,
     Backend,
@@ -17,11 +19,14 @@ from mooring_kernels.spectral.op import (
 __all__ = [
     "KINDS",
     "Backend",
+    "CapMethod",
     "Kind",
     "SpectralState",
     "add_gradient_",
+    "check_finite",
     "decay_",
     "penalty",
+    "spectral_cap_",
     "spectral_penalty",
     "value",
 ]

@@ -183,6 +183,13 @@ def spectral_penalty(
     return found
 
 
+def host_slots(flat: Tensor, slots: Slots) -> list[int]:
+    """The rows that are handled, as numbers; waits for the device when `slots` lie there."""
+    if slots is None:
+        return list(range(flat.shape[0] if flat.ndim == 2 else 1))
+    return [int(slot) for slot in (slots.tolist() if isinstance(slots, Tensor) else slots)]
+
+
 class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -232,11 +239,9 @@ class _Bank:
         self.triton = _choose(self.flat, backend)
 
     @property
-    def host_slots(self) -> Sequence[int]:
+    def host_slots(self) -> list[int]:
         """Slots as numbers, for the PyTorch path."""
-        if self.slots is None:
-            return range(self.count)
-        return self.slots.tolist() if isinstance(self.slots, Tensor) else self.slots
+        return host_slots(self.flat, self.slots)
 
     @property
     def device_slots(self) -> Tensor:

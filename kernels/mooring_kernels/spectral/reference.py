@@ -57,3 +57,19 @@ def reference(
             grad_a += 2 * w * a
             grad_b += 2 * w * b
     return total, gradient
+
+
+def reference_cap(a: Tensor, b: Tensor, tau: float) -> Tensor:
+    """The matrix nearest to B·A (Frobenius norm) among those with no singular value above τ.
+
+    Args:
+        a: `[r, in]`.
+        b: `[out, r]`.
+        tau: bound > 0.
+
+    Returns:
+        ΔW `[out, in]`, float64.
+    """
+    u, s, vh = torch.linalg.svd(b.detach().double() @ a.detach().double(), full_matrices=False)
+    clipped: Tensor = (u * s.clamp_max(tau)) @ vh
+    return clipped
