@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mooring_server.dinghy import nouns
+from mooring_server.dinghy.preset import LARGE
 from mooring_server.dinghy.render import Renderer, lay_out, to_uint8
 from mooring_server.dinghy.sources import SPRITE_PX, Sprites
 from mooring_server.dinghy.world import Ground, Piece, Placement, Sample, World
@@ -96,7 +97,7 @@ def test_a_tint_gives_the_hue_and_keeps_the_shading(tint):
 
 
 def test_a_batch_draws_what_single_pictures_draw(sprites):
-    world, renderer = World(seed=1, sprites=sprites), Renderer(sprites, 64)
+    world, renderer = World(LARGE, 1, sprites), Renderer(sprites, 64)
     samples = [world.sample(i) for i in range(24)]
     assert max(len(s.pieces) for s in samples) > 1
     together = to_uint8(renderer.draw(lay_out(samples)))

@@ -10,8 +10,8 @@ import torch
 from mooring_server.dinghy.curves import draw, read_log
 from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.loop import Plan
+from mooring_server.dinghy.preset import LARGE, SHIPPED
 from mooring_server.dinghy.t2i import Trainer
-from mooring_server.dinghy.vae import LATENT_CHANNELS
 from PIL import Image
 
 PLAN = Plan(steps=2, batch=2, warmup_steps=2, decay=1e-9)
@@ -22,7 +22,7 @@ def _run(trainer, upto):
     """Steps on fixed latents: the loop's own resuming is what is under test."""
 
     def loss(step, _):
-        latents = torch.randn(2, LATENT_CHANNELS, 16, 16, generator=torch.Generator().manual_seed(step))
+        latents = torch.randn(2, SHIPPED.channels, 16, 16, generator=torch.Generator().manual_seed(step))
         return trainer.loss(step, latents, trainer.empty.expand(2, -1))
 
     trainer.loop.run(iter(lambda: 0, 1), loss, stop_after=upto - trainer.loop.step)
@@ -53,6 +53,12 @@ def test_the_rate_warms_up_stays_and_falls_to_three_percent():
     assert plan.rate(400) == 1.0
     assert plan.rate(750) == pytest.approx(0.5)
     assert plan.rate(999) == pytest.approx(0.03)
+
+
+def test_the_large_preset_builds_and_takes_a_step(tmp_path):
+    trainer = Trainer(tmp_path / "large", CPU, PLAN, preset=LARGE)
+    latents = torch.randn(2, LARGE.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(trainer.loss(0, latents, trainer.empty.expand(2, -1)))
 
 
 def test_committed_weights_are_a_starting_point(tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mooring_server.dinghy import codec as either
 from mooring_server.dinghy import vae as codec
 from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.loop import Plan
-from mooring_server.dinghy.render import Renderer
+from mooring_server.dinghy.preset import LARGE
+from mooring_server.dinghy.render import Renderer, lay_out
 from mooring_server.dinghy.world import World
 
 CPU = choose("cpu")
@@ -23,7 +25,7 @@ def test_latents_are_an_eighth_of_the_side():
 
 def _train(folder, sprites, steps):
     plan = Plan(steps=steps, batch=2, warmup_steps=1, decay=1e-9)
-    return codec.train_codec(folder, World(seed=2, sprites=sprites), Renderer(sprites, 32), CPU, plan)
+    return codec.train_codec(folder, World(LARGE, 2, sprites), Renderer(sprites, 32), CPU, plan)
 
 
 @pytest.fixture
@@ -43,20 +45,14 @@ def small(monkeypatch):
 def test_codec_learns_and_a_resumed_run_is_the_uninterrupted_one(small, sprites, tmp_path):
     del small
     renderer = Renderer(sprites, 32)
-    world = World(seed=2, sprites=sprites)
-    pixels = renderer.draw(codec_layout(world))
+    world = World(LARGE, 2, sprites)
+    pixels = renderer.draw(lay_out([world.sample(i) for i in range(8)]))
     whole = _train(tmp_path / "whole", sprites, 12)
     torch.manual_seed(2)
-    assert codec.psnr(whole, pixels) > codec.psnr(codec.build_vae().eval(), pixels) + 1
+    assert either.psnr(whole, pixels) > either.psnr(codec.build_vae().eval(), pixels) + 1
     _train(tmp_path / "parts", sprites, 6)
     resumed = _train(tmp_path / "parts", sprites, 12)
     assert not list((tmp_path / "parts").glob("*.part"))
     assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def codec_layout(world):
-    from mooring_server.dinghy.render import lay_out
-
-    return lay_out([world.sample(i) for i in range(8)])

@@ -5,25 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mooring_server.dinghy import generic_prompts, new_scene_prompts, nouns, scenes, unknown_words
-from mooring_server.dinghy.text import trained_words
+from mooring_server.dinghy.preset import LARGE, PRESETS, SHIPPED, SMALL
 from mooring_server.dinghy.world import (
     TRAIN_STYLES,
     World,
     caption,
-    one,
     scene_words,
 )
 
 
 def test_sample_depends_on_seed_and_index_only(sprites):
-    first, other = World(seed=3, sprites=sprites), World(seed=3, sprites=sprites)
+    first, other = World(LARGE, 3, sprites), World(LARGE, 3, sprites)
     for i in (5, 0, 17, 5):
         assert first.sample(i) == other.sample(i)
-    assert first.sample(5) != World(seed=4, sprites=sprites).sample(5)
+    assert first.sample(5) != World(LARGE, 4, sprites).sample(5)
 
 
 def test_held_out_subjects_and_style_are_never_drawn(sprites):
-    world = World(seed=0, sprites=sprites)
+    world = World(LARGE, 0, sprites)
     for i in range(700):
         sample = world.sample(i)
         for piece in sample.pieces:
@@ -34,7 +33,7 @@ def test_held_out_subjects_and_style_are_never_drawn(sprites):
 
 
 def test_groups_and_pairs_show_what_they_say(sprites):
-    world = World(seed=2, sprites=sprites)
+    world = World(LARGE, 2, sprites)
     rng = np.random.default_rng(0)
     group = world.group("cat", 3, "snow", rng)
     assert "three cats" in group.caption
@@ -56,30 +55,40 @@ def test_held_out_codes_are_in_no_other_list():
 
 
 def test_every_class_noun_is_a_word_the_base_has_learnt():
-    assert {s.class_noun for s in nouns.HELD_OUT} <= trained_words()
+    assert {s.class_noun for s in nouns.HELD_OUT} <= SHIPPED.words()
 
 
-def test_captions_hold_only_trained_words(sprites):
-    world = World(seed=1, sprites=sprites)
-    for i in range(250):
-        assert unknown_words(world.sample(i).caption) == []
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_captions_hold_only_the_words_of_the_preset(sprites, preset):
+    world = World(preset, 1, sprites)
+    for i in range(400):
+        assert set(world.sample(i).caption.split()) <= preset.words()
+
+
+def test_the_small_world_names_its_own_nouns_only(sprites):
+    world = World(SMALL, 1, sprites)
+    seen = {noun for i in range(2000) for noun in world.sample(i).nouns}
+    assert seen <= set(SMALL.names)
+    assert len(seen) > 80
+    assert max(len(world.sample(i).pieces) for i in range(300)) == 1
 
 
 def test_caption_names_what_is_drawn():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        words = caption(one("cat", "red"), "snow", "3d", rng)
+        words = caption(LARGE.one("cat", "red"), "snow", "3d", rng)
         assert "red cat" in words
         assert "drawing" not in words
 
 
 def test_every_noun_has_a_right_article_and_at_most_one_plural():
-    assert [one(n) for n in ("apple", "unicorn", "hourglass", "umbrella", "cat")] == [
+    assert [LARGE.one(n) for n in ("apple", "unicorn", "hourglass", "umbrella", "cat")] == [
         "an apple", "a unicorn", "an hourglass", "an umbrella", "a cat",
     ]  # fmt: skip
     for noun in nouns.NAMED:
-        assert nouns.plural(noun) != noun or noun.endswith(("fish", "sheep", "deer"))
-    assert nouns.plural("cherry") == "cherries" if "cherry" in nouns.NAMED else True
+        assert nouns.plural(noun) != noun or noun.endswith(("fish", "sheep", "deer", "dice"))
+    assert (LARGE.one("grapes"), SMALL.one("grapes")) == ("some grapes", "a grapes")
+    assert nouns.plural("grapes") == ""
 
 
 @pytest.mark.parametrize("scene", list(nouns.SCENES))

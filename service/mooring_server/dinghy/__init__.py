@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import nouns
+from .preset import SHIPPED
 
-VERSION = "dinghy-1"
+VERSION = SHIPPED.version
 """Version of the shipped set; an adapter made for another version is refused."""
 
 _ROOT = Path(__file__).resolve().parent
@@ -77,7 +78,7 @@ def held_out_subjects() -> list[HeldOutSubject]:
 def photo_prompt(class_noun: str, placeholder: str = "") -> str:
     """The caption of a subject's training photo: "a photo of a <duck> bird"."""
     words = f"{placeholder} {class_noun}".strip()
-    return f"a photo of {nouns.article(words)} {words}"
+    return f"a photo of {SHIPPED.one(words)}"
 
 
 def new_scene_prompts(class_noun: str, placeholder: str = "") -> list[str]:
@@ -90,14 +91,12 @@ def generic_prompts(count: int = 60) -> list[str]:
 
     Deterministic, spread over the nouns and scenes (and every fifth with a colour).
     """
-    names, places, tints = list(nouns.NAMED), list(nouns.SCENES), list(nouns.TINTS)
+    names, places, tints = SHIPPED.names, list(nouns.SCENES), list(nouns.TINTS)
     prompts = []
     for i in range(count):
         noun = names[(i * 37) % len(names)]
         words = f"{tints[(i // 5) % len(tints)]} {noun}" if i % 5 == 4 else noun
-        prompts.append(
-            f"a photo of {nouns.article(words)} {words} {nouns.SCENES[places[(i * 7) % len(places)]]}"
-        )
+        prompts.append(f"a photo of {SHIPPED.one(words)} {nouns.SCENES[places[(i * 7) % len(places)]]}")
     return prompts
 
 

@@ -13,84 +13,107 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
+Version = Annotated[
+    str, typer.Option("--preset", help="dinghy-1 (64 px, two cores) or dinghy-2 (128 px, a GPU).")
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
 Scale = Annotated[float, typer.Option(help="Factor on every planned number of steps.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, 48 on a CPU.")]
 Sheets = Annotated[Path, typer.Option(help="Folder for the sample sheets.")]
 Count = Annotated[int, typer.Option(help="Fresh prompts of one object; 0.8 times as many of two or three.")]
 IMAGES = Path("docs/images")
+DEFAULT = "dinghy-1"
 
 
-def _recipe(device: str, scale: float = 1.0, batch: int = 0) -> Recipe:
+def _recipe(version: str, device: str, scale: float = 1.0, batch: int = 0) -> Recipe:
+    from .preset import PRESETS
     from .recipe import Recipe
 
-    return Recipe(device, scale, batch)
+    if version not in PRESETS:
+        raise typer.BadParameter(f"no preset {version!r}; one of {', '.join(PRESETS)}")
+    return Recipe(PRESETS[version], device, scale=scale, batch=batch)
 
 
 @app.command()
 def train(
-    device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0, count: Count = 500, out: Sheets = IMAGES
+    preset: Version = DEFAULT,
+    device: Device = "",
+    scale: Scale = 1.0,
+    batch: BatchSize = 0,
+    count: Count = 500,
+    out: Sheets = IMAGES,
 ) -> None:
     """Everything in order: photos, ruler, codec, text-to-image model, judges, export, figures.
 
-    Each part goes on from its checkpoint in the cache. About twenty minutes on an H200.
+    Each part goes on from its checkpoint in the cache.
     """
-    _recipe(device, scale, batch).everything(count, out)
+    _recipe(preset, device, scale, batch).everything(count, out)
 
 
 @app.command()
-def base(device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+def base(
+    preset: Version = DEFAULT,
+    device: Device = "",
+    scale: Scale = 1.0,
+    batch: BatchSize = 0,
+    decay: Annotated[float, typer.Option(help="Last share of the steps over which the rate falls.")] = 0.7,
+    peak: Annotated[float, typer.Option(help="Factor on the rates, to go on from trained weights.")] = 1.0,
+) -> None:
     """Train codec and text-to-image model and export them into the package data."""
-    _recipe(device, scale, batch).base()
+    from .t2i import PLAN
+
+    rates = {"muon_lr": peak * PLAN.muon_lr, "adam_lr": peak * PLAN.adam_lr}
+    _recipe(preset, device, scale, batch).base(decay=decay, **rates)
 
 
 @app.command()
-def judges(device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+def judges(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
     """Train dinghy-clip and dinghy-dino and export them into the package data."""
-    _recipe(device, scale, batch).judge()
+    _recipe(preset, device, scale, batch).judge()
 
 
 @app.command()
-def ruler(device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+def ruler(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
     """Train the independent classifier that measures the base."""
-    _recipe(device, scale, batch).ruler()
+    _recipe(preset, device, scale, batch).ruler()
 
 
 @app.command()
-def photos(device: Device = "") -> None:
+def photos(preset: Version = DEFAULT, device: Device = "") -> None:
     """Render the held-out subjects' photos into the package data."""
-    typer.echo(f"{_recipe(device).photos()} photos")
+    typer.echo(f"{_recipe(preset, device).photos()} photos")
 
 
 @app.command()
-def figures(device: Device = "", count: Count = 500, out: Sheets = IMAGES) -> None:
+def figures(preset: Version = DEFAULT, device: Device = "", count: Count = 500, out: Sheets = IMAGES) -> None:
     """Measure the exported set (objects, relations, scenes, tints, codec, judges) and write sample sheets."""
-    typer.echo(json.dumps(_recipe(device).figures(count, out), indent=1))
+    typer.echo(json.dumps(_recipe(preset, device).figures(count, out), indent=1))
 
 
 @app.command()
 def personalise(
     names: Annotated[list[str] | None, typer.Argument(help="Held-out subjects; by default eight.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Moments to look at; repeatable.")] = None,
+    preset: Version = DEFAULT,
     device: Device = "",
     out: Annotated[Path, typer.Option(help="The sheet to write.")] = IMAGES / "dinghy-personalised.png",
 ) -> None:
     """Train plain LoRAs of held-out subjects; is each recognised among twenty look-alikes in new scenes?"""
     from . import personalise as check
 
-    recipe = _recipe(device)
+    recipe = _recipe(preset, device)
     table = check.measure(recipe.bench(), names or list(check.EIGHT), out, moments=steps or (200, 400, 800))
     recipe.record("personalised", **table)
     typer.echo(json.dumps(table, indent=1))
 
 
 @app.command()
-def curves(out: Sheets = IMAGES) -> None:
+def curves(preset: Version = DEFAULT, out: Sheets = IMAGES) -> None:
     """Draw the learning curves of every run in the cache."""
     from . import sources
     from .curves import draw, read_log
 
-    runs = sources.cache_dir() / "runs"
+    runs = sources.cache_dir() / preset
     logs = {p.parent.name: read_log(p) for p in sorted(runs.glob("*/log.jsonl"))}
     draw({"t2i": logs.pop("t2i")}, out / "dinghy-curve-t2i.png", "text-to-image: weighted v loss")
     draw(logs, out / "dinghy-curve-others.png", "codec, judges and ruler: loss against samples")

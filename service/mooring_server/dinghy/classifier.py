@@ -6,7 +6,7 @@ judge and no training signal, so a good score cannot have been trained towards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from . import nouns
 from .device import Compute
 from .loop import Batch, Loop, Optimisers, Plan, batches
+from .preset import SHIPPED, Preset
 from .render import Renderer, from_uint8
 from .world import SCENE_KEYS, Picture, Sample, World
 
-NOUN_LABELS = tuple(nouns.NAMED)
 TINT_LABELS = ("", *nouns.TINTS)
 COUNTS = (1, 2, 3)
 PLAN = Plan(steps=5000, batch=384, muon_lr=0.01, adam_lr=2e-3, average=0.998)
@@ -44,12 +44,14 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels ``[B, 3, 128, 128]`` in [0, 1] to logits over nouns, scenes, tints and counts."""
+    """Pixels ``[B, 3, px, px]`` in [0, 1] to logits over the preset's nouns, scenes, tints and counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, preset: Preset = SHIPPED) -> None:
         super().__init__()
+        self.names = preset.names
         self.body = nn.Sequential(
-            nn.Conv2d(3, 32, 5, 2, 2),
+            # the first stride brings either size to 32x32 after the next block
+            nn.Conv2d(3, 32, 5, preset.px // 64, 2),
             nn.ReLU(),
             Block(32, 64, 2),
             Block(64, 64, 1),
@@ -59,7 +61,7 @@ class Classifier(nn.Module):
             Block(192, 192, 1),
             Block(192, 256, 2),
         )
-        sizes = (len(NOUN_LABELS), len(SCENE_KEYS), len(TINT_LABELS), len(COUNTS))
+        sizes = (len(preset.names), len(SCENE_KEYS), len(TINT_LABELS), len(COUNTS))
         self.heads = nn.ModuleList([nn.Linear(256, n) for n in sizes])
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -77,41 +79,47 @@ def draw_true(world: World, index: int) -> Sample:
     """Scene ``index`` of the classifier's own stream: named objects only, every third single one tinted."""
     rng = np.random.default_rng((world.seed, 77, index))
     scene = SCENE_KEYS[int(rng.integers(len(SCENE_KEYS)))]
-    noun = NOUN_LABELS[int(rng.integers(len(NOUN_LABELS)))]
+    names, (_, group, pair) = world.preset.names, world.preset.shares
+    noun, other = (names[int(rng.integers(len(names)))] for _ in range(2))
     lot = rng.random()
-    if lot < 0.12 and nouns.plural(noun):
+    if lot < 1.5 * group and nouns.plural(noun):
         return world.group(noun, int(rng.integers(2, 4)), scene, rng)
-    if lot < 0.27:
-        other = NOUN_LABELS[int(rng.integers(len(NOUN_LABELS)))]
-        if other != noun:
-            return world.pair(noun, other, scene, rng)
+    if lot < 1.5 * (group + pair) and other != noun:
+        return world.pair(noun, other, scene, rng)
     tint = TINT_LABELS[1 + int(rng.integers(len(nouns.TINTS)))] if rng.random() < 0.33 else ""
     return world.named(noun, scene, tint, rng)
 
 
-def label(sample: Sample) -> tuple[int, ...]:
-    """First noun, last noun, scene, tint, count - 1 as class numbers."""
-    first, last = NOUN_LABELS.index(sample.nouns[0]), NOUN_LABELS.index(sample.nouns[-1])
-    return first, last, SCENE_KEYS.index(sample.scene), TINT_LABELS.index(sample.tint), sample.count - 1
+def labels(preset: Preset) -> Callable[[Sample], tuple[int, ...]]:
+    """A function that gives first noun, last noun, scene, tint and count - 1 of a sample as class numbers."""
+    numbers = {name: k for k, name in enumerate(preset.names)}
+
+    def label(sample: Sample) -> tuple[int, ...]:
+        first, last = numbers[sample.nouns[0]], numbers[sample.nouns[-1]]
+        return first, last, SCENE_KEYS.index(sample.scene), TINT_LABELS.index(sample.tint), sample.count - 1
+
+    return label
 
 
-def classifier_loop(folder: Path, compute: Compute, plan: Plan = PLAN) -> tuple[Classifier, Loop]:
+def classifier_loop(
+    folder: Path, preset: Preset, compute: Compute, plan: Plan = PLAN
+) -> tuple[Classifier, Loop]:
     """The classifier on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(3)
-    model = Classifier().to(compute.device)
+    model = Classifier(preset).to(compute.device)
     optimisers = Optimisers([model.body], [model.heads], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 
 
 def train_classifier(
-    folder: Path, sprites_world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN
+    folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN
 ) -> Classifier:
     """Train (or go on) in ``folder``; returns the averaged model."""
-    model, loop = classifier_loop(folder, compute, plan)
+    model, loop = classifier_loop(folder, world.preset, compute, plan)
     size = plan.batch
 
     def make(step: int) -> Sequence[Sample]:
-        return [draw_true(sprites_world, step * size + i) for i in range(size)]
+        return [draw_true(world, step * size + i) for i in range(size)]
 
     def loss(step: int, batch: Batch) -> Tensor:
         pixels = renderer.draw(batch.layout)
@@ -121,24 +129,24 @@ def train_classifier(
         mix = (torch.rand(size, 1, 1, 1, generator=rng, device=compute.device) * 2 - 1).clamp_min(0)
         pixels = pixels + mix * (soft - pixels)
         pixels = pixels + 0.04 * mix.flip(0) * torch.randn(pixels.shape, generator=rng, device=compute.device)
-        labels = batch.labels.to(compute.device)
+        told = batch.labels.to(compute.device)
         with compute.autocast():
             noun, scene, tint, count = (x.float() for x in model(pixels))
         entropy = nn.functional.cross_entropy
-        objects = (entropy(noun, labels[:, 0]) + entropy(noun, labels[:, 1])) / 2
+        objects = (entropy(noun, told[:, 0]) + entropy(noun, told[:, 1])) / 2
         # the tint of a picture of several objects is nobody's
-        one = (labels[:, 4] == 0).float()
-        colours = (entropy(tint, labels[:, 3], reduction="none") * one).mean()
-        return objects + entropy(scene, labels[:, 2]) + colours + entropy(count, labels[:, 4])
+        one = (told[:, 4] == 0).float()
+        colours = (entropy(tint, told[:, 3], reduction="none") * one).mean()
+        return objects + entropy(scene, told[:, 2]) + colours + entropy(count, told[:, 4])
 
-    loop.run(batches(make, loop.step, compute.workers, label), loss)
+    loop.run(batches(make, loop.step, compute.workers, labels(world.preset), world.preset), loss)
     loop.use_average()
     return model.eval()
 
 
-def load_classifier(folder: Path, compute: Compute) -> Classifier:
+def load_classifier(folder: Path, preset: Preset, compute: Compute) -> Classifier:
     """The classifier of the checkpoint in ``folder``, averaged weights."""
-    model, loop = classifier_loop(folder, compute)
+    model, loop = classifier_loop(folder, preset, compute)
     if loop.step == 0:
         raise RuntimeError("no classifier yet: run `python -m mooring_server.dinghy classifier`")
     loop.use_average()
@@ -157,7 +165,7 @@ class Reading:
 
 @torch.no_grad()
 def read(model: Classifier, pictures: Picture) -> list[Reading]:
-    """Read pictures uint8 ``[N, 128, 128, 3]``."""
+    """Read pictures uint8 ``[N, px, px, 3]``."""
     device = next(model.parameters()).device
     out: list[Reading] = []
     for start in range(0, len(pictures), 128):
@@ -165,7 +173,7 @@ def read(model: Classifier, pictures: Picture) -> list[Reading]:
         rows = zip(noun.topk(2).indices.tolist(), scene.argmax(1).tolist(), tint.argmax(1).tolist(),
                    count.argmax(1).tolist(), strict=True)  # fmt: skip
         out += [
-            Reading((NOUN_LABELS[n[0]], NOUN_LABELS[n[1]]), SCENE_KEYS[s], TINT_LABELS[t], COUNTS[c])
+            Reading((model.names[n[0]], model.names[n[1]]), SCENE_KEYS[s], TINT_LABELS[t], COUNTS[c])
             for n, s, t, c in rows
         ]
     return out

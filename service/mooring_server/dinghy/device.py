@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +19,16 @@ class Compute:
     workers: int
 
     def autocast(self) -> Any:
-        """bf16 autocast: measured 1.3 times as fast as float32 on a CPU with AVX-512 BF16 as well."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        """bf16 autocast on a GPU and on a CPU that computes in it (1.3 times as fast there, else half)."""
+        wanted = self.device.type != "cpu" or _computes_bf16()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+@cache
+def _computes_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices itself (AVX-512 BF16); false where it does not say."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and "avx512_bf16" in flags.read_text()
 
 
 def choose(name: str = "") -> Compute:

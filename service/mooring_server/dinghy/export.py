@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import VERSION, text
+from . import text
+from .preset import Preset
 
 FLOAT32 = "float32"
 WORDS_FILE = "trained_words.json"
@@ -30,7 +31,7 @@ def _declare_float32(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def export_base(out: Path, unet: Any, encoder: Any, vae: Any) -> None:
+def export_base(out: Path, preset: Preset, unet: Any, encoder: Any, vae: Any) -> None:
     """Write a StableDiffusionPipeline directory, and beside it the words that captions held.
 
     The models are left in fp16 on the CPU.
@@ -43,7 +44,7 @@ def export_base(out: Path, unet: Any, encoder: Any, vae: Any) -> None:
     pipeline = kind(
         vae=vae.cpu(),
         text_encoder=encoder.cpu(),
-        tokenizer=text.build_tokenizer(),
+        tokenizer=text.build_tokenizer(preset),
         unet=unet.cpu(),
         scheduler=build_scheduler(),
         safety_checker=None,
@@ -55,7 +56,13 @@ def export_base(out: Path, unet: Any, encoder: Any, vae: Any) -> None:
     def write(folder: Path) -> None:
         pipeline.save_pretrained(folder, safe_serialization=True)
         _declare_float32(folder / "text_encoder")
-        words = sorted(text.trained_words())
+        words = sorted(preset.words())
+        path = folder / "vae" / "config.json"
+        config: dict[str, Any] = json.loads(path.read_text())
+        if config["_class_name"] == "AutoencoderTiny":
+            # it derives this entry itself and warns when it reads it back
+            config.pop("block_out_channels", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / WORDS_FILE).write_text(json.dumps(words, indent=0) + "\n")
 
     _replace(out, write)
@@ -84,14 +91,14 @@ def export_judge(out: Path, model: Any, parts: list[Any]) -> None:
     model.float()
 
 
-def write_manifest(root: Path, figures: dict[str, Any]) -> None:
+def write_manifest(root: Path, preset: Preset, figures: dict[str, Any]) -> None:
     """``MANIFEST.json``: version, size and SHA-256 of every file, training figures and measurements."""
     files = {}
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.name not in ("MANIFEST.json", "README.md"):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             files[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {"version": VERSION, "files": files, "figures": figures}
+    manifest = {"version": preset.version, "files": files, "figures": figures}
     part = root / "MANIFEST.part"
     part.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     part.rename(root / "MANIFEST.json")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from . import NEW_SCENES, base_dir, clip_dir, dino_dir, held_out_subjects, nouns, text
 from .classifier import Classifier, Reading, draw_true, read
 from .device import Compute, plain_attention
+from .preset import Preset
 from .render import Renderer, from_uint8, lay_out
 from .sampling import sample
-from .world import Picture, Rng, Sample, World, one, scene_words
+from .world import Picture, Rng, Sample, World, scene_words
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Bench:
     ruler: Classifier
     compute: Compute
 
+    @property
+    def preset(self) -> Preset:
+        """Whose pictures are measured."""
+        return self.world.preset
+
+    def world_of(self, seed: int) -> World:
+        """The same world with another seed."""
+        return World(self.preset, seed, self.world.sprites)
+
 
 def _scene(rng: Rng) -> str:
     if rng.random() < 0.125:
@@ -51,30 +61,32 @@ def _scene(rng: Rng) -> str:
     return str(rng.choice(list(nouns.SCENES)))
 
 
-def fresh_asks(count: int, seed: int = 2024) -> list[Ask]:
+def fresh_asks(preset: Preset, count: int, seed: int = 2024) -> list[Ask]:
     """Prompts over all nouns in turn, random scenes (an eighth plain), every fourth with a tint."""
     rng = np.random.default_rng(seed)
-    names = list(nouns.NAMED)
+    names = preset.names
     order = rng.permutation(len(names))
     asks = []
     for i in range(count):
         noun, scene = names[int(order[i % len(names)])], _scene(rng)
         tint = str(rng.choice(list(nouns.TINTS))) if i % 4 == 3 else ""
-        asks.append(Ask(f"a photo of {one(noun, tint)} {scene_words(scene)}", (noun,), scene, tint))
+        asks.append(Ask(f"a photo of {preset.one(noun, tint)} {scene_words(scene)}", (noun,), scene, tint))
     return asks
 
 
-def relation_asks(count: int, seed: int = 2025) -> list[Ask]:
-    """Prompts of two different objects and of two or three of one, in turn."""
+def relation_asks(preset: Preset, count: int, seed: int = 2025) -> list[Ask]:
+    """Prompts of two or three of one object and of two different ones, in turn; none if none are taught."""
+    if not preset.shares[1]:
+        return []
     rng = np.random.default_rng(seed)
-    names = list(nouns.NAMED)
+    names = list(preset.names)
     countable = [n for n in names if nouns.plural(n)]
     asks = []
     for i in range(count):
         scene = _scene(rng)
         if i % 2:
             left, right = (str(n) for n in rng.choice(names, 2, replace=False))
-            words = f"a photo of {one(left)} and {one(right)} {scene_words(scene)}"
+            words = f"a photo of {preset.one(left)} and {preset.one(right)} {scene_words(scene)}"
             asks.append(Ask(words, (left, right), scene, count=2))
         else:
             noun, number = str(rng.choice(countable)), int(rng.integers(2, 4))
@@ -99,7 +111,7 @@ def load_base(compute: Compute, directory: Path | None = None) -> Any:
 def generate(
     bench: Bench, pipeline: Any, prompts: Sequence[str], *, seed: int = 0, guidance: float = 4.0
 ) -> Picture:
-    """Pictures uint8 ``[N, 128, 128, 3]`` of ``prompts``, 30 steps."""
+    """Pictures uint8 ``[N, px, px, 3]`` of ``prompts``, 30 steps."""
     return sample(pipeline, prompts, bench.compute, seed=seed, guidance=guidance)
 
 
@@ -121,7 +133,7 @@ def object_right(ask: Ask, reading: Reading) -> bool:
     """Whether the asked noun (or both) is what the classifier finds likeliest, and as many of it."""
     if len(ask.nouns) == 2:
         return set(reading.nouns) == set(ask.nouns)
-    return reading.nouns[0] == ask.nouns[0] and (ask.count == 1 or reading.count == ask.count)
+    return reading.nouns[0] == ask.nouns[0] and ask.count in {1, reading.count}
 
 
 def shares(asks: Sequence[Ask], readings: Sequence[Reading]) -> dict[str, float]:
@@ -142,7 +154,7 @@ def shares(asks: Sequence[Ask], readings: Sequence[Reading]) -> dict[str, float]
 
 def own_accuracy(bench: Bench, count: int = 3000) -> dict[str, float]:
     """The ruler's shares on fresh true pictures of its own training distribution."""
-    world = World(seed=1003, sprites=bench.world.sprites)
+    world = bench.world_of(1003)
     samples = [draw_true(world, i) for i in range(count)]
     asks = [Ask("", s.nouns, s.scene, s.tint, s.count) for s in samples]
     return shares(asks, read(bench.ruler, bench.renderer.pictures(samples)))
@@ -150,7 +162,7 @@ def own_accuracy(bench: Bench, count: int = 3000) -> dict[str, float]:
 
 @torch.no_grad()
 def kernel_distance(model: Classifier, a: Picture, b: Picture) -> float:
-    """KID (unbiased squared MMD, kernel (x·y/d + 1)³; arXiv 1801.01401) times 1000, on the ruler's features."""
+    """KID (unbiased squared MMD, kernel (x·y/d + 1)³; arXiv 1801.01401) times 1000."""
     device = next(model.parameters()).device
 
     def features(pictures: Picture) -> Tensor:
@@ -194,8 +206,8 @@ def side_by_side(true: Picture, made: Picture, columns: int = 10) -> Image.Image
 def measure_base(
     bench: Bench, count: int, out: Path, directory: Path | None = None, guidance: float = 4.0
 ) -> dict[str, Any]:
-    """Shares right on ``count`` fresh prompts of one object and 0.8 times as many relations; writes sheets."""
-    asks, relations = fresh_asks(count), relation_asks(count * 4 // 5)
+    """Shares right on ``count`` fresh prompts of one object and 0.8 as many relations."""
+    asks, relations = fresh_asks(bench.preset, count), relation_asks(bench.preset, count * 4 // 5)
     every = [*asks, *relations]
     pipeline = load_base(bench.compute, directory)
     made = generate(bench, pipeline, [a.prompt for a in every], guidance=guidance)
@@ -207,9 +219,10 @@ def measure_base(
     wrong = [i for i, (a, r) in enumerate(zip(every, readings, strict=True)) if not object_right(a, r)]
     out.mkdir(parents=True, exist_ok=True)
     side_by_side(true[:60], made[:60]).save(out / "dinghy-true-generated.png", optimize=True)
-    side_by_side(true[count : count + 20], made[count : count + 20]).save(
-        out / "dinghy-relations.png", optimize=True
-    )
+    if relations:
+        side_by_side(true[count : count + 20], made[count : count + 20]).save(
+            out / "dinghy-relations.png", optimize=True
+        )
     if wrong:
         pick = wrong[:20]
         side_by_side(true[pick], made[pick], min(10, len(pick))).save(
@@ -231,11 +244,11 @@ def measure_base(
 
 def measure_codec(bench: Bench, count: int = 400) -> dict[str, float]:
     """PSNR in dB of the shipped codec on fresh training-like scenes and on scenes of held-out subjects."""
-    from .vae import psnr
+    from .codec import psnr
 
     vae = load_base(bench.compute).vae
     rng = np.random.default_rng(7)
-    world = World(seed=7, sprites=bench.world.sprites)
+    world = bench.world_of(7)
     held = [
         world.subject(s.name, str(rng.choice(list(nouns.SCENES))), rng)
         for s in nouns.HELD_OUT
@@ -257,7 +270,7 @@ def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
     kind: Any = CLIPModel
     model = kind.from_pretrained(clip_dir()).eval().to(bench.compute.device)
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir())
-    world = World(seed=8, sprites=bench.world.sprites)
+    world = bench.world_of(8)
     hits = {"all": 0, "named": 0, "named_count": 0}
     index = 0
     for _ in range(trials):
@@ -267,8 +280,8 @@ def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
             index += 1
             # One caption for one meaning: otherwise several among the hundred would be true.
             if s.scene in nouns.SCENES:
-                words = f"a photo of {_meaning(s)} {scene_words(s.scene)}"
-                chosen.setdefault(words, (words, s))
+                prompt = f"a photo of {_meaning(bench.preset, s)} {scene_words(s.scene)}"
+                chosen.setdefault(prompt, (prompt, s))
         captions, samples = zip(*chosen.values(), strict=True)
         ids = text.tokens(tokenizer, captions).to(bench.compute.device)
         pixels = normalise(bench.renderer.draw(lay_out(samples)))
@@ -281,12 +294,14 @@ def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
     return {"top1_among_100": hits["all"] / (100 * trials), "named_only": hits["named"] / hits["named_count"]}
 
 
-def _meaning(s: Sample) -> str:
+def _meaning(preset: Preset, s: Sample) -> str:
     if len(s.nouns) == 2:
-        return " and ".join(one(noun, piece.tint) for noun, piece in zip(s.nouns, s.pieces, strict=True))
+        return " and ".join(
+            preset.one(noun, piece.tint) for noun, piece in zip(s.nouns, s.pieces, strict=True)
+        )
     if s.count > 1:
         return f"{nouns.NUMBERS[s.count]} {nouns.plural(s.noun)}"
-    return one(s.noun or s.hyper, s.tint)
+    return preset.one(s.noun or s.hyper, s.tint)
 
 
 @torch.no_grad()
@@ -298,8 +313,8 @@ def measure_dino(bench: Bench, each: int = 28) -> dict[str, float]:
 
     kind: Any = AutoModel
     model = kind.from_pretrained(dino_dir()).eval().to(bench.compute.device)
-    processor = image_processor()
-    world = World(seed=9, sprites=bench.world.sprites)
+    processor = image_processor(bench.preset)
+    world = bench.world_of(9)
 
     def features(pixels: Tensor) -> Tensor:
         parts = torch.split(pixels.to(bench.compute.device), 128)

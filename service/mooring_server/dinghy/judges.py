@@ -19,23 +19,22 @@ from torch import Tensor, nn
 from . import text
 from .device import Compute
 from .loop import Batch, Loop, Optimisers, Plan, batches
+from .preset import Preset
 from .render import Renderer
-from .world import Sample, World
+from .world import Sample, World, world_samples
 
-IMAGE_PX = 128
-PATCH_PX = 16
 MEAN_STD = [0.5, 0.5, 0.5]
 CLIP_PLAN = Plan(steps=6000, batch=512, muon_lr=0.005, adam_lr=1e-3, average=0.998)
 DINO_PLAN = Plan(steps=6000, batch=384, muon_lr=0.005, adam_lr=1e-3, average=0.998)
 
 
-def image_processor() -> Any:
-    """Bicubic to 128 px, then (x - 0.5) / 0.5: ``CLIPImageProcessor`` without torchvision."""
+def image_processor(preset: Preset) -> Any:
+    """Bicubic to the preset's size, then (x - 0.5) / 0.5: ``CLIPImageProcessor`` without torchvision."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_PX},
-        crop_size={"height": IMAGE_PX, "width": IMAGE_PX},
+        size={"shortest_edge": preset.px},
+        crop_size={"height": preset.px, "width": preset.px},
         image_mean=MEAN_STD,
         image_std=MEAN_STD,
         resample=3,
@@ -43,18 +42,18 @@ def image_processor() -> Any:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pictures ``[N, 3, 128, 128]`` in [0, 1] as the judges' input in -1..1."""
+    """Pictures ``[N, 3, px, px]`` in [0, 1] as the judges' input in -1..1."""
     return (pixels - 0.5) / 0.5
 
 
 # -- dinghy-clip -------------------------------------------------------------------------------
 
 
-def build_clip() -> Any:
-    """CLIPModel: 128 px in patches of 16, width 192, six and three layers, projection 128."""
+def build_clip(preset: Preset) -> Any:
+    """CLIPModel: 8x8 patches, width 192, six and three layers, projection 128."""
     from transformers import CLIPConfig, CLIPModel
 
-    tokenizer = text.build_tokenizer()
+    tokenizer = text.build_tokenizer(preset)
     config = CLIPConfig(
         text_config={
             "vocab_size": len(tokenizer), "hidden_size": 192, "intermediate_size": 512, "hidden_act": "gelu",
@@ -64,7 +63,7 @@ def build_clip() -> Any:
         },
         vision_config={
             "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 3,
-            "hidden_act": "gelu", "image_size": IMAGE_PX, "patch_size": PATCH_PX, "projection_dim": 128,
+            "hidden_act": "gelu", "image_size": preset.px, "patch_size": preset.patch, "projection_dim": 128,
         },
         projection_dim=128,
     )  # fmt: skip
@@ -79,10 +78,10 @@ class _Only(nn.Module):
         self.parameter = parameter
 
 
-def clip_loop(folder: Path, compute: Compute, plan: Plan = CLIP_PLAN) -> tuple[Any, Loop]:
+def clip_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Any, Loop]:
     """dinghy-clip on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(4)
-    model = build_clip().to(compute.device)
+    model = build_clip(preset).to(compute.device)
     heads = [model.visual_projection, model.text_projection, model.text_model.embeddings]
     optimisers = Optimisers(
         [model.vision_model, model.text_model.encoder],
@@ -94,7 +93,7 @@ def clip_loop(folder: Path, compute: Compute, plan: Plan = CLIP_PLAN) -> tuple[A
 
 
 def clip_features(model: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors of captions ``[B, 20]`` and pictures ``[B, 3, 128, 128]``: two ``[B, 128]``."""
+    """Unit vectors of captions ``[B, 20]`` and pictures ``[B, 3, px, px]``: two ``[B, 128]``."""
     words = model.text_projection(model.text_model(input_ids=ids).pooler_output)
     sight = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
     return nn.functional.normalize(words.float(), dim=-1), nn.functional.normalize(sight.float(), dim=-1)
@@ -104,7 +103,7 @@ def train_clip(
     folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = CLIP_PLAN
 ) -> tuple[Any, Loop]:
     """Train (or go on) in ``folder``; returns the averaged model and its loop."""
-    model, loop = clip_loop(folder, compute, plan)
+    model, loop = clip_loop(folder, world.preset, compute, plan)
     size = plan.batch
     target = torch.arange(size, device=compute.device)
     itself = torch.eye(size, dtype=torch.bool, device=compute.device)
@@ -120,10 +119,8 @@ def train_clip(
         losses = [nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
         return (losses[0] + losses[1]) / 2
 
-    def make(step: int) -> Sequence[Sample]:
-        return [world.sample(step * size + i) for i in range(size)]
-
-    loop.run(batches(make, loop.step, compute.workers), loss)
+    data = batches(world_samples(world, size), loop.step, compute.workers, preset=world.preset)
+    loop.run(data, loss)
     loop.use_average()
     return model.eval(), loop
 
@@ -131,12 +128,12 @@ def train_clip(
 # -- dinghy-dino -------------------------------------------------------------------------------
 
 
-def build_vit() -> Any:
-    """Dinov2Model: 128 px in patches of 16, width 192, six layers; the feature is the class token."""
+def build_vit(preset: Preset) -> Any:
+    """Dinov2Model: 8x8 patches, width 192, six layers; the feature is the class token."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
-        image_size=IMAGE_PX, patch_size=PATCH_PX, hidden_size=192, mlp_ratio=3,
+        image_size=preset.px, patch_size=preset.patch, hidden_size=192, mlp_ratio=3,
         num_hidden_layers=6, num_attention_heads=3, layerscale_value=1.0,
     )  # fmt: skip
     return Dinov2Model(config)
@@ -145,9 +142,9 @@ def build_vit() -> Any:
 class Distiller(nn.Module):
     """Student with projector and predictor, and its momentum teacher."""
 
-    def __init__(self) -> None:
+    def __init__(self, preset: Preset) -> None:
         super().__init__()
-        self.student, self.teacher = build_vit(), build_vit()
+        self.student, self.teacher = build_vit(preset), build_vit(preset)
         self.project, self.teacher_project = self._head(192), self._head(192)
         self.predict = self._head(128)
         self.teacher.load_state_dict(self.student.state_dict())
@@ -179,10 +176,10 @@ class Distiller(nn.Module):
             )
 
 
-def dino_loop(folder: Path, compute: Compute, plan: Plan = DINO_PLAN) -> tuple[Distiller, Loop]:
+def dino_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Distiller, Loop]:
     """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(5)
-    model = Distiller().to(compute.device)
+    model = Distiller(preset).to(compute.device)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 
@@ -192,7 +189,7 @@ def train_dino(
 ) -> tuple[Any, Loop]:
     """Train (or go on) in ``folder``; returns the teacher, a Dinov2Model, and the loop."""
     pool = np.array(world.training_sprites())
-    model, loop = dino_loop(folder, compute, plan)
+    model, loop = dino_loop(folder, world.preset, compute, plan)
     size = plan.batch
     target = torch.arange(size, device=compute.device)
 

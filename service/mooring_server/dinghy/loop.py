@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import text
+from .preset import SHIPPED, Preset
 from .render import Layout, lay_out
 from .world import Sample
 
@@ -104,14 +106,14 @@ Label = Callable[[Sample], tuple[int, ...]]
 
 
 class _Maker(torch.utils.data.IterableDataset[Batch]):
-    def __init__(self, make: Make, label: Label, first: int) -> None:
-        self.make, self.label, self.first = make, label, first
+    def __init__(self, make: Make, label: Label, first: int, preset: Preset) -> None:
+        self.make, self.label, self.first, self.preset = make, label, first, preset
 
     def __iter__(self) -> Iterator[Batch]:
         torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
         step, stride = (self.first, 1) if info is None else (self.first + info.id, info.num_workers)
-        tokenizer = text.build_tokenizer()
+        tokenizer = text.build_tokenizer(self.preset)
         while True:
             samples = self.make(step)
             ids = text.tokens(tokenizer, [s.caption for s in samples])
@@ -123,13 +125,15 @@ def _no_label(_: Sample) -> tuple[int, ...]:
     return ()
 
 
-def batches(make: Make, first: int, workers: int, label: Label = _no_label) -> Iterator[Batch]:
+def batches(
+    make: Make, first: int, workers: int, label: Label = _no_label, preset: Preset = SHIPPED
+) -> Iterator[Batch]:
     """The batches of steps ``first``, ``first + 1``, … in order, described ahead by ``workers`` processes.
 
     ``make(step)`` returns a step's samples.
     """
     loader: Any = torch.utils.data.DataLoader(
-        _Maker(make, label, first),
+        _Maker(make, label, first, preset),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -166,7 +170,8 @@ class Plan:
 class Loop:
     """Runs ``loss(step, batch)`` to the end of a plan; goes on from the checkpoint in ``folder``.
 
-    ``modules`` are saved by name. The checkpoint is one safetensors file; its metadata holds step and seconds.
+    ``modules`` are saved by name. The checkpoint is one safetensors file, step and seconds in its
+    metadata.
     """
 
     def __init__(
@@ -262,7 +267,7 @@ class Loop:
                     "per_second": round(since * self.plan.batch / max(1e-9, now - logged), 1),
                 }  # fmt: skip
                 append_log(self.folder / "log.jsonl", line)
-                print(self.folder.name, line, flush=True)
+                typer.echo(f"{self.folder.name} {json.dumps(line)}")
                 total, since, logged = torch.zeros_like(total), 0, now
                 if not mean < float("inf"):
                     raise FloatingPointError(f"{self.folder.name}: loss {mean} at step {self.step}")

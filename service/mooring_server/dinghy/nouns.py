@@ -184,8 +184,8 @@ HELD_OUT = (
 """The held-out subjects: far from the named objects, legible at 64 px."""
 
 EXCLUDED_CODES = {
-    # near-twins of held-out subjects and of named objects, weapons, drinks with alcohol, things of worship, and
-    # sheets of paper, signs and glyphs that read as nothing at 64 px
+    # near-twins of held-out subjects and of named objects, weapons, drinks with alcohol, things of worship
+    # and sheets of paper, signs and glyphs that read as nothing at 64 px
     "2603", "1F990", "1F9A2", "1FABF", "1F6F8", "1F43B", "1F38E", "1F550", "1F551", "1F553", "1F554",
     "1F555", "1F556", "1F558", "1F559", "1F55A", "1F43D", "1F43E", "1F42A", "1F415", "1F408",
     "1F408-200D-2B1B", "1F404", "1F416", "1F9AE", "1F415-200D-1F9BA", "1F426-200D-2B1B", "1F34F", "1F33E",

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import NEW_SCENES, HeldOutSubject, held_out_subjects, new_scene_prompts, photo_prompt, text
+from . import NEW_SCENES, HeldOutSubject, codec, held_out_subjects, new_scene_prompts, photo_prompt, text
 from .figures import Bench, generate, grid, load_base
 from .render import from_uint8
 from .t2i import build_scheduler
@@ -24,7 +24,6 @@ from .world import Picture
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-CONVOLUTIONS = ("conv1", "conv2")
 LOOK_ALIKES = 20
 EIGHT = ("rocket", "duck", "robot", "teapot", "owl", "snowman", "teddy", "backpack")
 
@@ -34,9 +33,10 @@ def subject(name: str) -> HeldOutSubject:
     return next(s for s in held_out_subjects() if s.name == name)
 
 
-def photo_array(one: HeldOutSubject) -> Picture:
-    """The subject's photos: uint8 ``[12, px, px, 3]``."""
-    return np.stack([np.asarray(Image.open(p).convert("RGB")) for p in one.photos])
+def photo_array(one: HeldOutSubject, px: int) -> Picture:
+    """The subject's photos at the base's size: uint8 ``[12, px, px, 3]``."""
+    images = [Image.open(p).convert("RGB").resize((px, px), Image.Resampling.BOX) for p in one.photos]
+    return np.stack([np.asarray(i) for i in images])
 
 
 def train_lora(
@@ -77,8 +77,8 @@ def train_lora(
         [{"params": lora, "lr": lr}, {"params": [table.weight], "lr": lr}], weight_decay=0.0
     )
     with torch.no_grad():
-        pixels = from_uint8(photo_array(one), device)
-        latents = vae.encode(pixels * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+        pixels = from_uint8(photo_array(one, bench.preset.px), device)
+        latents = codec.encode(vae, pixels)
     ids = text.tokens(tokenizer, [photo_prompt(one.class_noun, one.placeholder)]).to(device)
     scheduler = build_scheduler()
     keep = torch.zeros_like(table.weight)
@@ -181,7 +181,7 @@ def measure(
             if best is None or share > best[0]:
                 best = (share, made)
         assert best is not None
-        rows += [photo_array(subject_)[:10], best[1][:10]]
+        rows += [photo_array(subject_, bench.preset.px)[:10], best[1][:10]]
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(np.concatenate(rows), 10).save(out, optimize=True)
     return table

@@ -1,4 +1,4 @@
-"""The whole recipe in order: codec, text-to-image model, judges, ruler, export, photos, figures."""
+"""The whole recipe in order: photos, ruler, codec, text-to-image model, judges, export, figures."""
 
 from __future__ import annotations
 
@@ -7,72 +7,93 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import base_dir, classifier, clip_dir, dino_dir, judges, sources, subjects, t2i, text, vae, weights_dir
+import typer
+
+from . import (
+    base_dir,
+    classifier,
+    clip_dir,
+    codec,
+    dino_dir,
+    judges,
+    sources,
+    subjects,
+    t2i,
+    text,
+    weights_dir,
+)
 from .device import Compute, choose
 from .export import export_base, export_judge, read_figures, write_manifest
 from .figures import Bench, all_figures
 from .loop import Plan
+from .preset import SHIPPED, Preset
 from .render import Renderer
 from .world import World
 
-PX = 128
+CPU_BATCH = 48
+"""Large batches buy nothing on a CPU, where a step costs as much as its pictures."""
 
 
 class Recipe:
-    """The steps, on one device, with their runs in ``<cache>/runs``; every step goes on from its checkpoint.
+    """The steps for one preset on one device; every step goes on from its checkpoint in ``<cache>/<preset>``.
 
-    ``scale`` multiplies every plan's steps (a tenth for a try-out).
+    ``scale`` multiplies every plan's steps (a hundredth for a try-out); ``batch`` overrides every plan's.
+    Where there is no checkpoint of the shipped preset's base, training goes on from the committed weights.
     """
 
-    def __init__(self, device: str = "", scale: float = 1.0, batch: int = 0) -> None:
+    def __init__(
+        self, preset: Preset = SHIPPED, device: str = "", *, scale: float = 1.0, batch: int = 0
+    ) -> None:
+        self.preset, self.scale, self.batch = preset, scale, batch
         self.compute: Compute = choose(device)
-        self.scale, self.batch = scale, batch
-        self.runs = sources.cache_dir() / "runs"
+        self.runs = sources.cache_dir() / preset.version
         self.sprites = sources.load_sprites()
-        self.renderer = Renderer(self.sprites, PX, self.compute.device)
+        self.renderer = Renderer(self.sprites, preset.px, self.compute.device)
 
     def world(self, seed: int) -> World:
-        """The world with this seed."""
-        return World(seed=seed, sprites=self.sprites)
+        """The preset's world with this seed."""
+        return World(self.preset, seed, self.sprites)
 
-    def plan(self, plan: Plan) -> Plan:
-        """``plan`` at the recipe's scale; on a CPU with small batches, as large ones buy nothing there."""
-        if self.compute.device.type == "cpu":
-            plan = replace(plan, batch=48)
-        if self.batch:
-            plan = replace(plan, batch=self.batch)
-        return replace(plan, steps=max(1, round(plan.steps * self.scale)))
+    def plan(self, plan: Plan, **changes: Any) -> Plan:
+        """``plan`` at the recipe's scale and batch, with ``changes``."""
+        cpu = self.compute.device.type == "cpu"
+        batch = self.batch or (min(CPU_BATCH, plan.batch) if cpu else plan.batch)
+        return replace(plan, steps=max(1, round(plan.steps * self.scale)), batch=batch, **changes)
 
     def codec(self) -> Any:
-        """Train the codec."""
-        return vae.train_codec(
-            self.runs / "codec", self.world(2), self.renderer, self.compute, self.plan(vae.PLAN)
-        )
+        """The committed codec of the shipped preset, else one trained here."""
+        folder = self.runs / "codec"
+        if self._committed() and not folder.exists():
+            return codec.load(base_dir()).to(self.compute.device)
+        plan = self.plan(codec.plan(self.preset))
+        return codec.train(folder, self.world(2), self.renderer, self.compute, plan)
 
-    def text_to_image(self, codec: Any) -> t2i.Trainer:
-        """Train UNet and text encoder."""
-        trainer = t2i.Trainer(self.runs / "t2i", self.compute, self.plan(t2i.PLAN))
-        trainer.train(self.world(1), self.renderer, codec)
-        return trainer
+    def _committed(self) -> bool:
+        return self.preset is SHIPPED and (base_dir() / "unet").exists()
 
-    def base(self) -> None:
+    def base(self, **changes: Any) -> None:
         """Codec and text-to-image model, exported into the package data."""
-        codec = self.codec()
-        trainer = self.text_to_image(codec)
+        vae = self.codec()
+        plan = self.plan(t2i.PLAN, **changes)
+        committed = base_dir() if self._committed() else None
+        trainer = t2i.Trainer(self.runs / "t2i", self.compute, plan, committed, self.preset)
+        typer.echo(f"text-to-image: from {trainer.started}")
+        trainer.train(self.world(1), self.renderer, vae)
         trainer.loop.use_average()
-        export_base(base_dir(), trainer.unet.eval(), trainer.encoder.eval(), codec)
+        export_base(base_dir(), self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae)
         self.record("training", base=trainer.loop.figures())
 
     def judge(self) -> None:
         """dinghy-clip and dinghy-dino, exported into the package data."""
+        processor = judges.image_processor(self.preset)
         clip, clip_loop = judges.train_clip(
             self.runs / "clip", self.world(4), self.renderer, self.compute, self.plan(judges.CLIP_PLAN)
         )
-        export_judge(clip_dir(), clip, [text.build_tokenizer(), judges.image_processor()])
+        export_judge(clip_dir(), clip, [text.build_tokenizer(self.preset), processor])
         dino, dino_loop = judges.train_dino(
             self.runs / "dino", self.world(5), self.renderer, self.compute, self.plan(judges.DINO_PLAN)
         )
-        export_judge(dino_dir(), dino, [judges.image_processor()])
+        export_judge(dino_dir(), dino, [processor])
         self.record("training", clip=clip_loop.figures(), dino=dino_loop.figures())
 
     def ruler(self) -> None:
@@ -83,11 +104,12 @@ class Recipe:
 
     def photos(self) -> int:
         """The held-out subjects' photos, into the package data."""
-        return subjects.make_photos(Path(__file__).parent / "subjects", self.world(0), self.renderer)
+        renderer = Renderer(self.sprites, subjects.PHOTO_PX, self.compute.device)
+        return subjects.make_photos(Path(__file__).parent / "subjects", self.world(0), renderer)
 
     def bench(self) -> Bench:
         """What figures are measured with."""
-        ruler = classifier.load_classifier(self.runs / "classifier", self.compute)
+        ruler = classifier.load_classifier(self.runs / "classifier", self.preset, self.compute)
         return Bench(self.world(6), self.renderer, ruler, self.compute)
 
     def figures(self, count: int, out: Path) -> dict[str, Any]:
@@ -100,13 +122,12 @@ class Recipe:
         """Put figures into the manifest and bring its digests up to date."""
         known = read_figures(weights_dir())
         known[section] = known.get(section, {}) | figures
-        write_manifest(weights_dir(), known)
+        write_manifest(weights_dir(), self.preset, known)
 
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""
         begun = time.monotonic()
-        self.photos()
-        for step in (self.ruler, self.base, self.judge):
+        for step in (self.photos, self.ruler, self.base, self.judge):
             step()
-            print(f"{step.__name__} done at {time.monotonic() - begun:.0f} s", flush=True)
-        print(self.figures(count, out), flush=True)
+            typer.echo(f"{step.__name__} done at {time.monotonic() - begun:.0f} s")
+        typer.echo(self.figures(count, out))

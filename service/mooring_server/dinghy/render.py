@@ -30,8 +30,8 @@ class Layout:
 
     ``ground`` ``[B, 3]`` int64: background, variant, mirrored. ``corner`` ``[B, 2]``: the crop's corner as
     shares of the margin. Objects, in drawing order: ``owner`` ``[P]`` the picture, ``depth`` ``[P]`` how many
-    lie under it, ``sprite`` ``[P]``, ``tint`` ``[P]`` (0 for none), ``inverse`` ``[P, 2, 3]`` picture to sprite
-    coordinates, ``colour`` ``[P, 3, 3]``, ``warp`` ``[P, 6]``.
+    lie under it, ``sprite`` ``[P]``, ``tint`` ``[P]`` (0 for none), ``inverse`` ``[P, 2, 3]`` from picture to
+    sprite coordinates, ``colour`` ``[P, 3, 3]``, ``warp`` ``[P, 6]``.
     """
 
     ground: Tensor
@@ -46,7 +46,9 @@ class Layout:
 
     def objects(self, rows: Tensor) -> Layout:
         """The same pictures with only the objects ``rows``."""
-        kept = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("ground", "corner")}
+        kept = {
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("ground", "corner")
+        }
         return replace(self, **kept)
 
     def to(self, device: torch.device) -> Layout:
@@ -142,7 +144,11 @@ class Renderer:
             rows = (layout.ground[:, 0] == scene).nonzero()[:, 0]
             variant, y, x = (
                 t.to(self.device, non_blocking=True)
-                for t in (layout.ground[rows, 1][:, None, None], lines[rows][:, :, None], columns[rows][:, None])
+                for t in (
+                    layout.ground[rows, 1][:, None, None],
+                    lines[rows][:, :, None],
+                    columns[rows][:, None],
+                )
             )
             picked = self._bank(int(scene))[variant, :, y, x]
             out[rows.to(self.device)] = picked.permute(0, 3, 1, 2).float() / 255
@@ -174,7 +180,11 @@ class Renderer:
         bent_u, bent_v = u + w[0] * torch.sin(w[1] * v + w[2]), v + w[3] * torch.sin(w[4] * u + w[5])
         source = self._atlas[part.sprite].float() / 255
         taken = nn.functional.grid_sample(
-            source, torch.stack([bent_u, bent_v], -1), mode="bilinear", padding_mode="zeros", align_corners=False
+            source,
+            torch.stack([bent_u, bent_v], -1),
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
         )
         alpha = taken[:, 3:]
         rgb = taken[:, :3] / alpha.clamp_min(1e-3)
@@ -198,9 +208,7 @@ class Renderer:
 
     def pictures(self, samples: Sequence[Sample], chunk: int = 64) -> Picture:
         """Pictures uint8 ``[N, px, px, 3]`` of samples, for people and figures."""
-        out = [
-            to_uint8(self.draw(lay_out(samples[at : at + chunk]))) for at in range(0, len(samples), chunk)
-        ]
+        out = [to_uint8(self.draw(lay_out(samples[at : at + chunk]))) for at in range(0, len(samples), chunk)]
         return np.concatenate(out)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import text
+from . import codec, text
 from .device import Compute
 from .render import to_uint8
-from .t2i import LATENT_SIDE, build_scheduler
-from .vae import LATENT_CHANNELS
+from .t2i import build_scheduler
 from .world import Picture
 
 
@@ -27,19 +26,19 @@ def sample(
     guidance: float = 4.0,
     chunk: int = 0,
 ) -> Picture:
-    """DDIM with guidance in bf16 autocast by a pipeline's parts: pictures uint8 ``[N, 128, 128, 3]``.
+    """DDIM with guidance in bf16 autocast by a pipeline's parts: pictures uint8 ``[N, px, px, 3]``.
 
     The noise of prompt ``i`` depends on ``seed`` and ``i`` only. ``chunk`` pictures are drawn at once
     (by default 256 on a GPU and 32 on a CPU).
     """
     chunk = chunk or (32 if compute.device.type == "cpu" else 256)
-    vae, out = pipeline.vae, []
+    config, out = pipeline.unet.config, []
     for start in range(0, len(prompts), chunk):
         part = list(prompts[start : start + chunk])
         ids = text.tokens(pipeline.tokenizer, part + [""] * len(part)).to(compute.device)
         scheduler = build_scheduler()
         scheduler.set_timesteps(steps)
-        shape = (LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
+        shape = (config.in_channels, config.sample_size, config.sample_size)
         noise = [
             torch.randn(shape, generator=torch.Generator().manual_seed(seed * 100_003 + start + i))
             for i in range(len(part))
@@ -51,8 +50,5 @@ def sample(
                 both = pipeline.unet(torch.cat([latents, latents]), t, words).sample.float()
                 asked, free = both.chunk(2)
                 latents = scheduler.step(free + guidance * (asked - free), t, latents).prev_sample
-        pixels = torch.cat(
-            [vae.decode(z.float() / vae.config.scaling_factor).sample for z in torch.split(latents, 64)]
-        )
-        out.append(to_uint8((pixels + 1) / 2))
+        out.append(to_uint8(codec.decode(pipeline.vae, latents)))
     return np.concatenate(out)

@@ -310,7 +310,7 @@ def _build(cache: Path, path: Path) -> None:
     if named_missing:
         raise RuntimeError(f"objects without artwork: {named_missing}")
     part = path.with_suffix(".part.npz")
-    columns = {key: np.array([r[k] for r in rows]) for k, key in enumerate(_FIELDS, start=1)}
+    columns: dict[str, Any] = {key: np.array([r[k] for r in rows]) for k, key in enumerate(_FIELDS, start=1)}
     np.savez_compressed(part, pixels=np.stack([r[0] for r in rows]), **columns)
     part.rename(path)
     (cache / "sprites-missing.json").write_text(json.dumps(missing, indent=0))

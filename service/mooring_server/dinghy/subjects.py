@@ -14,6 +14,7 @@ from .sources import PACKAGES
 from .world import World
 
 PHOTOS = 12
+PHOTO_PX = 128
 
 
 def make_photos(out: Path, world: World, renderer: Renderer) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import text
+from . import codec, text
 from .device import Compute, plain_attention
 from .loop import Batch, Loop, Optimisers, Plan, batches
+from .preset import SHIPPED, Preset
 from .render import Renderer
-from .vae import LATENT_CHANNELS
-from .world import World
+from .world import World, world_samples
 
 LATENT_SIDE = 16
 SNR_GAMMA = 5.0
@@ -47,16 +47,16 @@ def build_scheduler() -> Any:
     )
 
 
-def build_unet() -> Any:
-    """16 million parameters; latents ``[B, 16, 16, 16]``, text ``[B, 20, 256]``."""
+def build_unet(preset: Preset = SHIPPED) -> Any:
+    """11 (dinghy-1) or 16 million parameters; latents ``[B, channels, 16, 16]``, text ``[B, 20, 256]``."""
     from diffusers import UNet2DConditionModel
 
     model: Any = UNet2DConditionModel
     return model(
         sample_size=LATENT_SIDE,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=(96, 160, 224),
+        in_channels=preset.channels,
+        out_channels=preset.channels,
+        block_out_channels=preset.widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -72,12 +72,19 @@ class Trainer:
     ``committed`` is an exported base to start from where ``folder`` holds no checkpoint.
     """
 
-    def __init__(self, folder: Path, compute: Compute, plan: Plan = PLAN, committed: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        compute: Compute,
+        plan: Plan = PLAN,
+        committed: Path | None = None,
+        preset: Preset = SHIPPED,
+    ) -> None:
         self.compute, self.plan = compute, plan
         torch.manual_seed(1)
-        self.tokenizer = text.build_tokenizer()
+        self.tokenizer = text.build_tokenizer(preset)
         self.encoder = text.build_text_encoder(self.tokenizer)
-        self.unet = build_unet()
+        self.unet = build_unet(preset)
         self.started = "nothing: a fresh start"
         if committed is not None and (committed / "unet").exists():
             self.unet.load_state_dict(load_unet(committed).state_dict())
@@ -96,8 +103,8 @@ class Trainer:
             self.started = f"checkpoint at step {self.loop.step}"
         self.empty = text.tokens(self.tokenizer, [""]).to(compute.device)
 
-    def loss(self, step: int, latents: Tensor, ids: Tensor, forward: Any = None) -> Tensor:
-        """The weighted v loss of latents ``[B, 16, 16, 16]`` (deviation 1) and token ids ``[B, 20]``."""
+    def loss(self, step: int, latents: Tensor, ids: Tensor) -> Tensor:
+        """The weighted v loss of latents ``[B, c, 16, 16]`` (deviation 1) and token ids ``[B, 20]``."""
         device, size = self.compute.device, len(latents)
         rng = torch.Generator(device).manual_seed(1_000_003 + step)
         dropped = torch.rand(size, generator=rng, device=device) < CAPTION_DROPOUT
@@ -111,33 +118,25 @@ class Trainer:
         noisy, target = a * latents + s * noise, a * noise - s * latents
         with self.compute.autocast():
             words = self.encoder(ids)[0]
-            predicted = (forward or self.unet)(noisy, times, words, return_dict=False)[0]
+            predicted = self.unet(noisy, times, words, return_dict=False)[0]
         snr = alpha / (1 - alpha)
         weight = (snr.clamp_max(SNR_GAMMA) / (snr + 1)).clamp_min(WEIGHT_FLOOR)
-        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+        each: Tensor = (predicted.float() - target).square().mean((1, 2, 3))
+        mean: Tensor = (weight * each).mean()
+        return mean
 
     def train(self, world: World, renderer: Renderer, vae: Any) -> None:
-        """Run the plan to its end on pictures of ``world``, encoded by ``vae``."""
-        device, size = self.compute.device, self.plan.batch
-        factor = vae.config.scaling_factor
-        fast = device.type == "cuda"
-        forward = torch.compile(self.unet, dynamic=False) if fast else self.unet
-        encode = torch.compile(vae.encode, dynamic=False) if fast else vae.encode
+        """Run the plan to its end on pictures of ``world``, encoded by the codec ``vae``."""
+        device = self.compute.device
 
         def loss(step: int, batch: Batch) -> Tensor:
-            pixels = renderer.draw(batch.layout)
-            with torch.no_grad(), self.compute.autocast():
-                posterior = encode(pixels * 2 - 1, return_dict=False)[0]
             rng = torch.Generator(device).manual_seed(7_000_003 + step)
-            latents = posterior.sample(rng).float() * factor
-            return self.loss(step, latents, batch.ids.to(device, non_blocking=True), forward)
+            with torch.no_grad(), self.compute.autocast():
+                latents = codec.encode(vae, renderer.draw(batch.layout), rng)
+            return self.loss(step, latents, batch.ids.to(device, non_blocking=True))
 
-        data = batches(
-            lambda step: [world.sample(step * size + i) for i in range(size)],
-            self.loop.step,
-            self.compute.workers,
-        )
-        self.loop.run(data, loss)
+        samples = world_samples(world, self.plan.batch)
+        self.loop.run(batches(samples, self.loop.step, self.compute.workers, preset=world.preset), loss)
 
 
 def load_unet(base: Path) -> Any:

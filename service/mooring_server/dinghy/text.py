@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import nouns
+from .preset import SHIPPED, Preset
 
 MAX_LENGTH = 20
 """Tokens of a prompt, begin and end included."""
@@ -48,12 +48,12 @@ def build_vocabulary(words: Sequence[str]) -> tuple[dict[str, int], list[tuple[s
     return vocab, [(str(a), str(b)) for a, b in merges]
 
 
-def build_tokenizer() -> Any:
-    """The tokenizer of dinghy-1: an ordinary ``transformers.CLIPTokenizer``."""
+def build_tokenizer(preset: Preset = SHIPPED) -> Any:
+    """The tokenizer of a preset: an ordinary ``transformers.CLIPTokenizer``."""
     from transformers import CLIPTokenizer
 
     # read, never rebuilt: BpeTrainer breaks ties by hash order, so every process would number the words anew
-    committed = json.loads(Path(__file__).with_name("vocabulary.json").read_text())
+    committed = json.loads(Path(__file__).with_name(preset.vocabulary).read_text())
     vocab, merges = committed["vocab"], [tuple(pair) for pair in committed["merges"]]
     kind: Any = CLIPTokenizer  # its hints know merges as lines of text only
     return kind(
@@ -101,14 +101,9 @@ def load_text_encoder(base: Path) -> Any:
     return CLIPTextModel.from_pretrained(base / "text_encoder")
 
 
-def trained_words() -> frozenset[str]:
-    """Words that occur in training captions: only these mean something to the model."""
-    return nouns.caption_words()
-
-
 def unknown_words(prompt: str, placeholders: Sequence[str] = ()) -> list[str]:
     """Words of ``prompt`` that no training caption held, in order; ``placeholders`` count as known."""
-    known = trained_words()
+    known = SHIPPED.words()
     tokens = re.findall(r"<[^\s<>]+>|[^\W_]+(?:[-'][^\W_]+)*", prompt.lower())
     marks = {p.lower() for p in placeholders}
     return [t for t in tokens if t not in known and t not in marks]

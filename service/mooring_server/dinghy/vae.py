@@ -1,4 +1,4 @@
-"""The picture codec: an AutoencoderKL that halves three times (128 px to 16x16 latents of 16 channels).
+"""The codec of dinghy-2: an AutoencoderKL that halves three times (128 px to 16x16 latents of 16 channels).
 
 Loss: L1, L1 of both gradients, 2·MSE and a light KL term, as for the codec of latent diffusion (arXiv
 2112.10752) without its discriminator; and the same picture at half size must follow from the latents at half
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .device import Compute
 from .loop import Batch, Loop, Optimisers, Plan, batches
 from .render import Renderer
-from .world import World
+from .world import World, world_samples
 
 LATENT_CHANNELS = 16
 KL_WEIGHT = 5e-4
@@ -42,52 +42,46 @@ def build_vae() -> Any:
     )
 
 
-def codec_loss(vae: Any, pixels: Tensor, compute: Compute) -> Tensor:
+def codec_loss(vae: Any, pixels: Tensor, compute: Compute, rng: torch.Generator) -> Tensor:
     """The loss of ``pixels`` ``[B, 3, H, W]`` in [0, 1]; a quarter of the batch also at half size."""
     with compute.autocast():
         posterior = vae.encode(pixels * 2 - 1).latent_dist
-        latents = posterior.sample()
+        latents = posterior.sample(rng)
         out = vae.decode(latents).sample
         quarter = max(1, len(pixels) // 4)
         small = vae.decode(nn.functional.avg_pool2d(latents[:quarter], 2)).sample
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     halved = nn.functional.avg_pool2d(pixels[:quarter], 2)
-    return _distance(out, pixels) + 0.25 * _distance(small, halved) + KL_WEIGHT * divergence
+    total: Tensor = distance(out, pixels) + 0.25 * distance(small, halved) + KL_WEIGHT * divergence
+    return total
 
 
-def _distance(out: Tensor, pixels: Tensor) -> Tensor:
+def distance(out: Tensor, pixels: Tensor) -> Tensor:
+    """L1 + L1 of both gradients + 2·MSE between a decoding in -1..1 and ``pixels`` in [0, 1]."""
     difference = (out.float() + 1) / 2 - pixels
     edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return difference.abs().mean() + edges + 2 * difference.square().mean()
 
 
-def codec_loop(folder: Path, compute: Compute, plan: Plan = PLAN) -> tuple[Any, Loop]:
-    """The codec on its device and its loop, at the checkpoint in ``folder`` if there is one."""
+def train_codec(folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN) -> Any:
+    """Train (or go on training) in ``folder``; returns the codec with averaged weights and its scale set."""
     torch.manual_seed(2)
     vae = build_vae().to(compute.device)
     optimisers = Optimisers([vae.encoder, vae.decoder], [vae.quant_conv, vae.post_quant_conv],
                             plan.muon_lr, plan.adam_lr)  # fmt: skip
-    return vae, Loop(folder, {"vae": vae}, optimisers, plan)
-
-
-def train_codec(folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN) -> Any:
-    """Train (or go on training) in ``folder``; returns the codec with averaged weights and its scale set."""
-    vae, loop = codec_loop(folder, compute, plan)
+    loop = Loop(folder, {"vae": vae}, optimisers, plan)
     size = plan.batch
 
-    def loss(_: int, batch: Batch) -> Tensor:
-        return codec_loss(vae, renderer.draw(batch.layout), compute)
+    def loss(step: int, batch: Batch) -> Tensor:
+        rng = torch.Generator(compute.device).manual_seed(step)
+        return codec_loss(vae, renderer.draw(batch.layout), compute, rng)
 
-    data = batches(_samples(world, size), loop.step, compute.workers)
+    data = batches(world_samples(world, size), loop.step, compute.workers)
     loop.run(data, loss)
     loop.use_average()
     set_scale(vae.eval(), world, renderer)
     return vae
-
-
-def _samples(world: World, size: int) -> Any:
-    return lambda step: [world.sample(step * size + i) for i in range(size)]
 
 
 @torch.no_grad()
@@ -101,11 +95,3 @@ def set_scale(vae: Any, world: World, renderer: Renderer, count: int = 512) -> N
     ]
     latents = torch.cat([vae.encode(c * 2 - 1).latent_dist.mean for c in chunks])
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-
-
-@torch.no_grad()
-def psnr(vae: Any, pixels: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of decode(encode(pixels)), pixels ``[N, 3, H, W]`` in [0, 1]."""
-    out = torch.cat([vae.decode(vae.encode(p * 2 - 1).latent_dist.mode()).sample for p in torch.split(pixels, 32)])
-    error = ((out.clamp(-1, 1) + 1) / 2 - pixels).square().mean()
-    return float(-10 * torch.log10(error))

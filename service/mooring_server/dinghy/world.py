@@ -9,6 +9,7 @@ are never drawn here except by :meth:`World.subject`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import nouns
+from .preset import Preset
 from .sources import Sprites, load_sprites
 
 VARIANTS = 64
@@ -62,7 +64,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ground:
-    """A crop of one of the drawings of ``scene``: variant, corner as shares of the margin, mirrored or not."""
+    """A crop of one of the drawings of ``scene``: variant, corner as shares of the margin, mirrored."""
 
     scene: str
     variant: int
@@ -124,33 +126,24 @@ def jitter(rng: Rng) -> tuple[float, ...]:
 class World:
     """Describes samples from the sprites' table; see the module's docstring.
 
-    ``extra_share`` of the pictures show an unnamed object under its hypernym, ``group_share`` two or three
-    of one kind, ``pair_share`` two different named objects; the rest one named object.
+    The preset says which nouns are named and what share of the pictures shows an unnamed object under its
+    hypernym, two or three of one kind, or two different named objects; the rest shows one named object.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        sprites: Sprites | None = None,
-        *,
-        extra_share: float = 0.25,
-        group_share: float = 0.08,
-        pair_share: float = 0.1,
-    ) -> None:
-        self.seed = seed
-        self.shares = (extra_share, group_share, pair_share)
+    def __init__(self, preset: Preset, seed: int = 0, sprites: Sprites | None = None) -> None:
+        self.preset, self.seed = preset, seed
         self.sprites = sprites or load_sprites()
-        self._named: dict[str, dict[str, int]] = {n: {} for n in nouns.NAMED}
+        self._named: dict[str, dict[str, int]] = {n: {} for n in preset.names}
         self._held: dict[tuple[str, str], int] = {}
         self._extras: dict[str, list[int]] = {}
         for i, role in enumerate(self.sprites.role):
-            if role == "named":
+            if role == "named" and self.sprites.noun[i] in self._named:
                 self._named[self.sprites.noun[i]][self.sprites.style[i]] = i
-            elif role == "extra":
+            elif role in ("named", "extra"):
                 self._extras.setdefault(self.sprites.hyper[i], []).append(i)
             else:
                 self._held[self.sprites.noun[i], self.sprites.style[i]] = i
-        self._names = list(nouns.NAMED)
+        self._names = list(preset.names)
         self._countable = [n for n in self._names if nouns.plural(n)]
         self._tints, self._scenes, self._plain = list(nouns.TINTS), list(nouns.SCENES), list(nouns.PLAIN)
         self._hypers = sorted(self._extras)
@@ -180,7 +173,7 @@ class World:
     def sample(self, index: int) -> Sample:
         """Training sample ``index``."""
         rng = np.random.default_rng((self.seed, nouns.WORLD_VERSION, index))
-        extra, group, pair = self.shares
+        extra, group, pair = self.preset.shares
         lot = rng.random()
         if lot < extra:
             return self._extra(rng)
@@ -202,9 +195,14 @@ class World:
             flip=rng.random() < 0.5,
         )  # fmt: skip
         word = self.sprites.hyper[sprite] if not tint and rng.random() < 0.06 else noun
-        words = caption(one(word, tint), scene, self.sprites.style[sprite], rng)
+        words = caption(self.preset.one(word, tint), scene, self.sprites.style[sprite], rng)
         return Sample(
-            self.ground(scene, rng), (Piece(sprite, place, tint),), words, (noun,), self.sprites.hyper[sprite], tint
+            self.ground(scene, rng),
+            (Piece(sprite, place, tint),),
+            words,
+            (noun,),
+            self.sprites.hyper[sprite],
+            tint,
         )
 
     def group(
@@ -241,9 +239,11 @@ class World:
                 dy=_u(rng, -3, 7), flip=rng.random() < 0.5,
             )  # fmt: skip
             pieces.append(Piece(self.sprite_of(noun, wanted, rng), place, tint))
-            things.append(one(noun, tint))
+            things.append(self.preset.one(noun, tint))
         words = caption(" and ".join(things), scene, style, rng)
-        return Sample(self.ground(scene, rng), tuple(pieces), words, (left, right), nouns.NAMED[left][1], count=2)
+        return Sample(
+            self.ground(scene, rng), tuple(pieces), words, (left, right), nouns.NAMED[left][1], count=2
+        )
 
     def _extra(self, rng: Rng) -> Sample:
         # Half of the extras are drawn by hypernym, so that a small class (clock, bag) is not drowned
@@ -253,7 +253,8 @@ class World:
         tint = _pick(self._tints, rng) if rng.random() < 0.12 else ""
         place = Placement(
             size=_u(rng, 34, 54), angle=float(rng.normal(0, 9)), dx=_u(rng, -6, 6), dy=_u(rng, -4, 6),
-            flip=rng.random() < 0.5, aspect=float(np.exp(rng.normal(0, 0.14))), shear=float(rng.normal(0, 0.1)),
+            flip=rng.random() < 0.5, aspect=float(np.exp(rng.normal(0, 0.14))),
+            shear=float(rng.normal(0, 0.1)),
         )  # fmt: skip
         warp = (0.0,) * 6
         if rng.random() < 0.6:
@@ -264,7 +265,7 @@ class World:
         scene = self.pick_scene(rng)
         hyper = self.sprites.hyper[sprite]
         word = "thing" if rng.random() < 0.1 else hyper
-        words = caption(one(word, tint), scene, self.sprites.style[sprite], rng)
+        words = caption(self.preset.one(word, tint), scene, self.sprites.style[sprite], rng)
         return Sample(self.ground(scene, rng), (piece,), words, (), hyper, tint)
 
     def subject(self, name: str, scene: str, rng: Rng, style: str = "3d") -> Sample:
@@ -290,18 +291,20 @@ class World:
 
     def training_sprites(self) -> list[int]:
         """Sprites that a judge may see: named ones in the training styles and all extras."""
-        return self.sprites.where("named", TRAIN_STYLES) + self.sprites.where("extra")
+        named = [drawn[s] for drawn in self._named.values() for s in TRAIN_STYLES if s in drawn]
+        return named + self._all_extras
 
 
-def one(word: str, tint: str = "") -> str:
-    """``word`` with its article and, if asked for, its colour: "a red car"."""
-    words = f"{tint} {word}".strip()
-    return f"{nouns.article(words)} {words}"
+def world_samples(world: World, size: int) -> Callable[[int], list[Sample]]:
+    """A function from a training step to its ``size`` samples."""
+    return lambda step: [world.sample(step * size + i) for i in range(size)]
 
 
 def caption(thing: str, scene: str, style: str, rng: Rng) -> str:
     """A template caption of ``thing`` ("a red car", "two cats"); "photo" goes with the 3D style only."""
-    bare = thing.split(" ", 1)[1] if thing.startswith(("a ", "an ")) and " and " not in thing else thing
+    bare = (
+        thing.split(" ", 1)[1] if thing.startswith(("a ", "an ", "some ")) and " and " not in thing else thing
+    )
     lead = float(rng.random())
     if lead < 0.4:
         phrase = f"a {'photo' if style == '3d' else 'drawing'} of {thing}"

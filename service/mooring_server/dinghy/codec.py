@@ -1,0 +1,64 @@
+"""What the rest of the recipe asks of either codec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import patches, vae
+from .device import Compute
+from .loop import Plan
+from .preset import Preset
+from .render import Renderer
+from .world import World
+
+
+def plan(preset: Preset) -> Plan:
+    """The training plan of the preset's codec."""
+    return patches.PLAN if preset.codec == "patches" else vae.PLAN
+
+
+def train(folder: Path, world: World, renderer: Renderer, compute: Compute, length: Plan) -> Any:
+    """Train (or go on training) the codec of the world's preset in ``folder``; returns it averaged."""
+    module = patches if world.preset.codec == "patches" else vae
+    return module.train_codec(folder, world, renderer, compute, length)
+
+
+def load(base: Path) -> Any:
+    """The codec of an exported base, in float32."""
+    import diffusers
+
+    name = diffusers.AutoencoderTiny.load_config(base / "vae")["_class_name"]
+    return getattr(diffusers, name).from_pretrained(base / "vae").eval()
+
+
+def encode(codec: Any, pixels: Tensor, rng: torch.Generator | None = None) -> Tensor:
+    """The UNet's latents (deviation 1) of ``pixels`` ``[B, 3, H, W]`` in [0, 1].
+
+    A variational codec's mean, or with ``rng`` a sample of its posterior.
+    """
+    found = codec.encode(pixels * 2 - 1)
+    if hasattr(found, "latents"):
+        latents: Tensor = found.latents
+    else:
+        latents = found.latent_dist.mode() if rng is None else found.latent_dist.sample(rng)
+    scaled: Tensor = latents.float() * codec.config.scaling_factor
+    return scaled
+
+
+def decode(codec: Any, latents: Tensor) -> Tensor:
+    """Pixels about [0, 1] of the UNet's latents, 64 pictures at a time."""
+    parts = [codec.decode(z.float() / codec.config.scaling_factor).sample for z in torch.split(latents, 64)]
+    pixels: Tensor = (torch.cat(parts) + 1) / 2
+    return pixels
+
+
+@torch.no_grad()
+def psnr(codec: Any, pixels: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of decode(encode(pixels)), pixels ``[N, 3, H, W]`` in [0, 1]."""
+    out = torch.cat([decode(codec, encode(codec, p)) for p in torch.split(pixels, 32)])
+    error = (out.clamp(0, 1) - pixels).square().mean()
+    return float(-10 * torch.log10(error))

@@ -1,0 +1,92 @@
+"""The two sizes of the set: what differs between them, and nothing else.
+
+``dinghy-1`` is what two CPU cores can train; ``dinghy-2`` needs a GPU. Everything in the recipe takes a
+:class:`Preset`; :data:`SHIPPED` is the one whose weights lie in the package. Free of torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import nouns
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One size of the set.
+
+    Args:
+        version: name of the set; part of its directories' names.
+        px: side of its pictures.
+        patch: side of the judges' patches.
+        names: the nouns that its world names, keys of ``nouns.NAMED``.
+        determiner: whether uncountable nouns take "some" ("some grapes").
+        shares: of extras, of counted groups and of pairs among the training pictures.
+        codec: "patches" (PCA of 4x4 patches, AutoencoderTiny) or "variational" (AutoencoderKL, f = 8).
+        channels: of the latents, which are 16x16 in both.
+        widths: of the UNet's three levels.
+        vocabulary: file of its tokenizer's vocabulary.
+    """
+
+    version: str
+    px: int
+    patch: int
+    names: tuple[str, ...]
+    determiner: bool
+    shares: tuple[float, float, float]
+    codec: str
+    channels: int
+    widths: tuple[int, int, int]
+    vocabulary: str
+
+    def article(self, words: str) -> str:
+        """The determiner before ``words``: "a", "an" or, in worlds that know it, "some"."""
+        found = nouns.article(words)
+        return "a" if found == "some" and not self.determiner else found
+
+    def one(self, word: str, tint: str = "") -> str:
+        """``word`` with its determiner and, if asked for, its colour: "a red car"."""
+        words = f"{tint} {word}".strip()
+        return f"{self.article(words)} {words}"
+
+    def words(self) -> frozenset[str]:
+        """Every single word that training captions may hold."""
+        plurals = [nouns.plural(n) for n in self.names] if self.shares[1] else []
+        numbers = [nouns.NUMBERS[2], nouns.NUMBERS[3]] if self.shares[1] else []
+        phrases = [*self.names, *plurals, *numbers, *nouns.HYPERNYMS, *nouns.TINTS, *nouns.PLAIN]
+        phrases += [*nouns.SCENES.values(), "a an the of on photo drawing picture background"]
+        if self.determiner:
+            phrases.append("some")
+        if self.shares[2]:
+            phrases.append("and")
+        return frozenset(word for phrase in phrases for word in phrase.split())
+
+
+SMALL = Preset(
+    version="dinghy-1",
+    px=64,
+    patch=8,
+    names=tuple(nouns.NAMED)[:93],
+    determiner=False,
+    shares=(0.15, 0.0, 0.0),
+    codec="patches",
+    channels=12,
+    widths=(64, 128, 192),
+    vocabulary="vocabulary-1.json",
+)
+
+LARGE = Preset(
+    version="dinghy-2",
+    px=128,
+    patch=16,
+    names=tuple(nouns.NAMED),
+    determiner=True,
+    shares=(0.25, 0.08, 0.1),
+    codec="variational",
+    channels=16,
+    widths=(96, 160, 224),
+    vocabulary="vocabulary-2.json",
+)
+
+PRESETS = {preset.version: preset for preset in (SMALL, LARGE)}
+SHIPPED = SMALL
