@@ -26,9 +26,7 @@ CapMethod = Literal["clip", "rescale"]
 TOLERANCE = 1e-5
 """After a clip σ ≤ τ(1 + TOLERANCE), whatever the rounding of the stored B."""
 SCREEN = 0.99
-"""Layers whose σ was found below SCREEN·τ, or whose ‖·‖_F is, are not looked at exactly."""
-WARM_FROM = 65
-"""True rank from which the Triton solve is warm-started, so that its σ may still be too small."""
+"""Layers whose σ was found below SCREEN·τ are not looked at exactly."""
 ATTEMPTS = 8
 
 
@@ -97,9 +95,7 @@ def _rescale(layout: ArenaLayout, bank: Tensor, slots: Slots, sigma: Tensor, bou
 def _clip_all(
     layout: ArenaLayout, bank: Tensor, rows: list[int], sigma: Tensor, frobenius: Tensor, bounds: Tensor
 ) -> Tensor:
-    warm = torch.tensor([rank >= WARM_FROM for rank in layout.ranks], device=bank.device)
-    suspect = (frobenius > SCREEN * bounds) & ((sigma > SCREEN * bounds) | warm)
-    suspect |= ~torch.isfinite(frobenius)
+    suspect = (sigma > SCREEN * bounds) | ~torch.isfinite(frobenius)
     over = torch.zeros_like(suspect)
     for row, slot in enumerate(rows):
         chosen = set(suspect[row].nonzero().flatten().tolist())  # the one wait

@@ -68,7 +68,7 @@ def penalty(
     bank = _Bank(layout, flat, slots, backend)
     with torch.no_grad():
         if bank.triton:
-            return bank.state(*bank.measure())
+            return bank.state(*bank.measure(cold=True))
         rows = [torch_path.norms(layout, bank.flat[slot]) for slot in bank.host_slots]
         return bank.state(torch.stack([r[0] for r in rows]), torch.stack([r[1] for r in rows]))
 
@@ -259,10 +259,11 @@ class _Bank:
 
     @property
     def plan(self) -> Plan:
-        """Tables and scratch, made once for each number of slots."""
+        """Tables and scratch, one for each list of slots (for their number where a tensor lists them)."""
         from mooring_kernels.spectral.plan import Plan
 
-        key = ("plan", self.flat.device, self.count)
+        which = self.count if isinstance(self.slots, Tensor) or self.slots is None else tuple(self.slots)
+        key = ("plan", self.flat.device, which)
         known: Plan | None = self.layout.cache.get(key)
         if known is None:
             known = Plan(self.layout, self.flat.device, self.count)
@@ -276,13 +277,13 @@ class _Bank:
     def state(self, sigma2: Tensor, fro2: Tensor) -> SpectralState:
         return SpectralState(sigma2[0], fro2[0]) if self.single else SpectralState(sigma2, fro2)
 
-    def measure(self, *, grams: bool = False) -> tuple[Tensor, Tensor]:
-        """Gram and solve."""
+    def measure(self, *, grams: bool = False, cold: bool = False) -> tuple[Tensor, Tensor]:
+        """Gram and solve; `cold` is exact at every rank, without it rank 128 may lag a step behind."""
         from mooring_kernels.spectral import launch
 
         norms = torch.empty(2, self.count, len(self.layout.layers), device=self.flat.device)
         launch.gram(self.plan, self.flat, self.device_slots)
-        launch.solve(self.plan, norms[0], norms[1], grams=grams)
+        launch.solve(self.plan, norms[0], norms[1], grams=grams, cold=cold)
         return norms[0], norms[1]
 
     def strength(self, lam: float | Tensor) -> tuple[Tensor, float]:

@@ -22,36 +22,41 @@ MAX_RANK = 128
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a class of rank R is cut into programs and tiles.
+    """How a class of padded rank R is cut into programs and tiles.
 
     Args:
         chunk: elements along `in` or `out` that one program takes, at most (before balancing).
-        gram_block: of a tile in `gram_kernel`.
+        precision: of the products that stream factors: `ieee` (fused multiply-add) or `tf32x3` (tensor cores,
+            about float32).
+        gram_block: elements of a tile along `in` or `out` in `gram_kernel`.
         gram_warps: warps of a program.
-        gram_precision: of the products, `ieee` (fused multiply-add) or `tf32x3` (tensor cores, ≈ float32).
+        gram_stages: tiles in flight.
+        solve_precision: of the r×r products.
         solve_warps: warps of a program of `solve_kernel`.
-        solve_precision: of its products.
         grad_block: of a tile in `grad_kernel`.
+        l2_block: the same for `l2`, which multiplies by a Gram matrix.
         grad_warps: warps of a program.
     """
 
     chunk: int
+    precision: str
     gram_block: int
     gram_warps: int
-    gram_precision: str
-    solve_warps: int
+    gram_stages: int
     solve_precision: str
+    solve_warps: int
     grad_block: int
+    l2_block: int
     grad_warps: int
 
 
 TILES: dict[int, Tiles] = {
-    16: Tiles(640, 128, 4, "ieee", 1, "ieee", 128, 4),
-    32: Tiles(640, 64, 4, "tf32x3", 4, "ieee", 128, 4),
-    64: Tiles(1280, 64, 4, "tf32x3", 8, "tf32x3", 64, 4),
-    128: Tiles(2048, 32, 8, "tf32x3", 16, "ieee", 32, 4),
+    16: Tiles(640, "ieee", 128, 4, 3, "ieee", 1, 128, 128, 4),
+    32: Tiles(640, "tf32x3", 64, 4, 3, "ieee", 4, 128, 128, 4),
+    64: Tiles(1280, "tf32x3", 32, 4, 3, "tf32x3", 8, 64, 32, 4),
+    128: Tiles(2048, "tf32x3", 16, 8, 2, "ieee", 16, 32, 16, 8),
 }
-"""By padded rank R."""
+"""By R. The largest tiles that neither spill on sm_80 nor on sm_90; not tuned on a device."""
 
 SQUARINGS = 10
 """M^(2^10) in float32."""
@@ -85,6 +90,7 @@ class RankClass:
         layers: int32 `[L, 8]`.
         n_partials: partial Grams of one slot.
         slots: T.
+        solved: whether `vectors` hold directions that a warm start can take.
     """
 
     rank: int
@@ -94,6 +100,7 @@ class RankClass:
     layers: Tensor
     n_partials: int
     slots: int
+    solved: bool = False
 
     @cached_property
     def padded(self) -> int:
@@ -112,7 +119,7 @@ class RankClass:
 
     @cached_property
     def vectors(self) -> Tensor:
-        """`[T, L, 3, R]`: y, z, q. Zero at first: "never solved"."""
+        """`[T, L, 3, R]`: y, z, q; a warm start reads the y of the call before."""
         return self._scratch(len(self.members), 3, self.padded).zero_()
 
     @cached_property
@@ -168,7 +175,7 @@ def _build_class(
         row = [index]
         for is_b, length in ((0, layer.in_), (1, layer.out)):
             unit = ALIGNMENT if aligned and not is_b else 1
-            pieces = _pieces(length, tiles.chunk, max(tiles.gram_block, tiles.grad_block))
+            pieces = _pieces(length, tiles.chunk, max(tiles.gram_block, tiles.grad_block, tiles.l2_block))
             row += [len(work), len(pieces)]
             for start, end in pieces:
                 leading = rank if is_b else layer.in_ // unit

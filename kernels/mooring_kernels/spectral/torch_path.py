@@ -62,8 +62,11 @@ def solve(a: Tensor, b: Tensor) -> Solved:
         b: `[n, out, r]`.
     """
     a, b = _computable(a), _computable(b)
-    gram_a = (a @ a.mT).double()
-    gram_b = (b.mT @ b).double()
+    return solve_grams((a @ a.mT).double(), (b.mT @ b).double())
+
+
+def solve_grams(gram_a: Tensor, gram_b: Tensor) -> Solved:
+    """As `solve`, from G_A and G_B, float64 `[n, r, r]`."""
     product = gram_b @ gram_a
     power = _normalised(product)
     for _ in range(SQUARINGS):
