@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from mooring_kernels.certificate.exact import LayerSpectrum, spectral_norm, spectrum
+from mooring_kernels.certificate.exact import (
+    LayerSpectrum,
+    conv_factor,
+    logit_gain,
+    spectral_norm,
+    spectrum,
+)
 
-__all__ = ["LayerSpectrum", "spectral_norm", "spectrum"]
+__all__ = ["LayerSpectrum", "conv_factor", "logit_gain", "spectral_norm", "spectrum"]

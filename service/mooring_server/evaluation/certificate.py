@@ -15,13 +15,12 @@ Left out: layers that the adapter does not touch (their update is exactly zero).
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mooring_kernels.certificate import spectral_norm, spectrum
+from mooring_kernels.certificate import logit_gain, spectral_norm, spectrum
 from torch import nn
 
 from mooring_server.engine.adapters import AdapterWeights, adaptable_layers
@@ -193,10 +192,7 @@ def build(
 def _attentions(
     base: BaseModel, modules: Mapping[str, nn.Linear], layers: list[LayerCertificate]
 ) -> list[AttentionCertificate]:
-    """Logit bounds of the attentions whose queries or keys the adapter changes.
-
-    A head's rows are a part of the projection's rows, so the full matrices' norms bound every head's.
-    """
+    """Logit bounds of the attentions whose queries or keys the adapter changes."""
     sigma = {layer.name: layer.sigma for layer in layers}
     parents = dict.fromkeys(
         name.rpartition(".")[0] for name in sigma if name.rpartition(".")[2] in {"to_q", "to_k"}
@@ -209,8 +205,8 @@ def _attentions(
         heads = int(base.unet.get_submodule(parent.removeprefix("unet.")).heads)
         head_dim = modules[query].out_features // heads
         dq, dk = sigma.get(query, 0.0), sigma.get(key, 0.0)
-        gain = dq * _base_sigma(base, key) + _base_sigma(base, query) * dk + dq * dk
-        found.append(AttentionCertificate(parent, head_dim, gain / math.sqrt(head_dim)))
+        gain = logit_gain(dq, _base_sigma(base, query), dk, _base_sigma(base, key), head_dim)
+        found.append(AttentionCertificate(parent, head_dim, gain))
     return found
 
 
