@@ -55,7 +55,7 @@ def main() -> None:
     torch.manual_seed(0)
     if options.device == "cuda":
         if not torch.cuda.is_available():
-            raise SystemExit("--device cuda: this PyTorch finds no CUDA device")
+            raise SystemExit("--device cuda: PyTorch finds no CUDA device here")
         _precompile(options.ranks, options.networks)
     try:
         worst = gate(options.device, options.ranks)
@@ -250,9 +250,6 @@ def _compile_rank(rank: int, names: Sequence[str]) -> None:
             layout = network.layout(rank)
             flat = torch.zeros(layout.size, device="cuda")
             add_gradient_(layout, flat, torch.zeros_like(flat), torch.ones((), device="cuda"))
-            for out, in_, _, tokens in network.layers:
-                layer = _MixedLayers(out, in_, tokens, rank, "cuda", count=1)
-                layer.mixed()
 
 
 # ---------------------------------------------------------------------- the penalty
@@ -360,23 +357,25 @@ def _bandwidth_rows(name: str, layout: ArenaLayout, flat: Tensor, grad: Tensor) 
 class _MixedLayers:
     """`count` layers of one shape with an arena of 8 adapters, and an input of 8 rows."""
 
-    def __init__(self, out: int, in_: int, tokens: int, rank: int, device: str, count: int = STACK) -> None:
+    def __init__(self, out: int, in_: int, tokens: int, rank: int, device: str) -> None:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.layers = peers.linears(out, in_, count, device, self.dtype)
-        layout = ArenaLayout([LayerShape(f"l{i}", out, in_) for i in range(count)], rank)
+        self.layers = peers.linears(out, in_, STACK, device, self.dtype)
+        layout = ArenaLayout([LayerShape(f"l{i}", out, in_) for i in range(STACK)], rank)
         self.flat = peers.random_factors(layout, device, slots=ADAPTERS + 1, dtype=self.dtype)
         self.factors = list(layout.views(self.flat).values())
         self.x = torch.randn(ADAPTERS, tokens, in_, device=device, dtype=self.dtype)
         self.slots = torch.arange(1, ADAPTERS + 1, device=device)
         self.same = torch.ones_like(self.slots)
-        self.scales = torch.ones(ADAPTERS, device=device, dtype=self.dtype)
+        self.scales = torch.full((ADAPTERS,), 0.8, device=device, dtype=self.dtype)
+        self.base_rows = None if device == "cuda" else torch.empty(0, dtype=torch.int64)
 
     @torch.no_grad()
     def mixed(self, slots: Tensor | None = None) -> None:
         """Every row its own adapter."""
         where = self.slots if slots is None else slots
         for layer, (A, B) in zip(self.layers, self.factors, strict=True):
-            multi_lora_(F.linear(self.x, layer.weight, layer.bias), self.x, A, B, where, self.scales)
+            out = F.linear(self.x, layer.weight, layer.bias)
+            multi_lora_(out, self.x, A, B, where, self.scales, base_rows=self.base_rows)
 
     def equal(self) -> None:
         """The same op, all rows with one adapter."""
@@ -386,14 +385,7 @@ class _MixedLayers:
     def plain(self) -> None:
         """One adapter as a plain LoRA."""
         for layer, (A, B) in zip(self.layers, self.factors, strict=True):
-            multi_lora_(F.linear(self.x, layer.weight, layer.bias), self.x, A, B, 1)
-
-    @torch.no_grad()
-    def gathered(self) -> None:
-        """Every row its own adapter, by gather and batched products."""
-        for layer, (A, B) in zip(self.layers, self.factors, strict=True):
-            out = F.linear(self.x, layer.weight, layer.bias)
-            multi_lora_(out, self.x, A, B, self.slots, self.scales, backend="torch")
+            multi_lora_(F.linear(self.x, layer.weight, layer.bias), self.x, A, B, 1, 0.8)
 
     @torch.no_grad()
     def base(self) -> None:
@@ -424,7 +416,6 @@ def mixed_rows(options: argparse.Namespace) -> Iterator[Row]:
                 if sums:
                     sums["one"] = min(sums["equal"], sums["plain"])
                     yield from _against(f"{name}: one adapter ×8", "one", sums, 1.15, how)
-                    yield from _against(f"{name}: gather + bmm", "gathered", sums, None, how)
                     yield _row(f"{name}: base layers alone", sums["mixed"], sums["base"], None, how)
     if device == "cpu":
         yield _unmeasured("mixed batch on a GPU")
@@ -449,7 +440,6 @@ def _mixed_seconds(
         "mixed": layers.mixed,
         "equal": layers.equal,
         "plain": layers.plain,
-        "gathered": layers.gathered,
     }
     captured = {what: graphed(run) for what, run in runs.items()} if device == "cuda" else {}
     try:
@@ -587,21 +577,17 @@ def _adapt(modules: Sequence[nn.Linear]) -> Callable[[], None]:
     flat = nn.Parameter(peers.random_factors(layout, "cuda"))
     flat.grad = torch.zeros_like(flat)
     optimiser = torch.optim.AdamW([flat], lr=1e-5, fused=True)
-    for module, (A, B), sums in zip(
-        modules, layout.views(flat.detach()).values(), layout.views(flat.grad).values(), strict=True
+    gradients = layout.views(flat.grad).values()
+    for module, (A, B), (grad_A, grad_B) in zip(
+        modules, layout.views(flat.detach()).values(), gradients, strict=True
     ):
-        A.requires_grad_()
-        B.requires_grad_()
+        A.requires_grad_().grad = grad_A
+        B.requires_grad_().grad = grad_B
 
         def hook(
-            _module: nn.Module,
-            args: tuple[Tensor, ...],
-            output: Tensor,
-            A: Tensor = A,
-            B: Tensor = B,
-            sums: tuple[Tensor, Tensor] = sums,
+            _module: nn.Module, args: tuple[Tensor, ...], output: Tensor, A: Tensor = A, B: Tensor = B
         ) -> Tensor:
-            return multi_lora_(output, args[0], A, B, 0, grads=sums)
+            return multi_lora_(output, args[0], A, B, 0)
 
         module.register_forward_hook(hook)
 

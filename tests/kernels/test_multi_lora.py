@@ -167,14 +167,18 @@ def test_one_slot_for_all_rows_is_a_plain_lora():
     A, B = (t.requires_grad_() for t in layout.views(flat)["l1"])
     x = torch.randn(3, 6, 10, requires_grad=True)
     plain, grad = torch.randn(3, 6, 12), torch.randn(3, 6, 12)
-    sums = tuple(torch.zeros_like(t) for t in (A, B))
-    found = multi_lora_(plain.clone(), x, A, B, 2, 0.5, grads=sums)
     expected = plain + 0.5 * F.linear(F.linear(x, A[2]), B[2])
-    assert torch.allclose(found, expected, atol=1e-6)
-    found.backward(grad)
     exact = torch.autograd.grad(expected, (x, A, B), grad)
-    for ours, theirs in zip((x.grad, *sums), exact, strict=True):
+    with torch.no_grad():
+        assert torch.allclose(multi_lora_(plain.clone(), x, A, B, 2, 0.5), expected, atol=1e-6)
+    found = multi_lora_(plain.clone(), x, A, B, 2, 0.5)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(found, (x, A, B), grad), exact, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
+    alone = [t[2:3].detach().clone().requires_grad_() for t in (A, B)]  # and a bank of one slot
+    found = torch.autograd.grad(multi_lora_(plain.clone(), x, *alone, 0, 0.5), alone, grad)
+    for ours, theirs in zip(found, exact[1:], strict=True):
+        assert torch.allclose(ours[0], theirs[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [torch.tensor([1, 3, 0]), 2])
@@ -215,6 +219,25 @@ def test_an_output_that_the_loss_does_not_use_costs_no_gradient():
     assert not grad_A[:, 1].any()
 
 
+def test_one_slot_takes_no_sums():
+    layout, flat = arena()
+    A, B = (t.requires_grad_() for t in layout.views(flat)["l0"])
+    with pytest.raises(ValueError, match="tensor of slots"):
+        multi_lora_(torch.zeros(2, 3, 12), torch.zeros(2, 3, 10), A, B, 1, grads=(A, B))
+
+
+def test_known_base_rows_need_no_search():
+    layout, flat = arena()
+    A, B = layout.views(flat)["l0"]
+    x, plain, slots = torch.randn(3, 4, 10), torch.randn(3, 4, 12), torch.tensor([1, 0, 2])
+    found = multi_lora_(plain.clone(), x, A, B, slots)
+    assert torch.equal(multi_lora_(plain.clone(), x, A, B, slots, base_rows=torch.tensor([1])), found)
+    # the caller's word is taken: with rows 0 and 1 named, only row 2 is changed
+    fewer = multi_lora_(plain.clone(), x, A, B, slots, base_rows=torch.tensor([0, 1]))
+    assert torch.equal(fewer[:2], plain[:2])
+    assert torch.equal(fewer[2], found[2])
+
+
 def test_only_neighbours_can_be_stacked():
     layout, flat = arena(layers=4)
     with pytest.raises(ValueError, match="l0, l2"):
@@ -228,6 +251,7 @@ def test_only_neighbours_can_be_stacked():
         ({"scales": torch.ones(3)}, ValueError, "scales \\[3\\]"),
         ({"scales": 0.5}, TypeError, "tensor \\[N\\]"),
         ({"slots": 1}, TypeError, "a number"),
+        ({"slots": 1, "scales": None, "grads": (torch.zeros(1),) * 2}, ValueError, "do not require grad"),
         ({"x": torch.zeros(2, 3, 9)}, ValueError, "does not fit x"),
         ({"x": torch.zeros(2, 3, 4, 10)}, ValueError, "x must be"),
         ({"output": torch.zeros(2, 3, 11)}, ValueError, "does not fit output"),

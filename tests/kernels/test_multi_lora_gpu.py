@@ -38,7 +38,6 @@ def bits(t):
     return t.view({4: torch.int32, 2: torch.int16}[t.element_size()])
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     ("tokens", "in_", "out", "rank", "dtype", "stored"),
     [
@@ -51,17 +50,17 @@ def bits(t):
         (33, 130, 1000, 128, torch.float32, torch.float32),
     ],
 )
-def test_forward_and_gradients_are_the_references(backend, tokens, in_, out, rank, dtype, stored):
+def test_forward_and_gradients_are_the_references(tokens, in_, out, rank, dtype, stored):
     layout, flat, x, plain = case(4, tokens, in_, out, rank, dtype, stored)
     A, B = (t.requires_grad_() for t in layout.views(flat)["l1"])
     slots, scales = [2, 0, 5, 2], [1.0, 1.0, 0.5, -2.0]
     where, factor = torch.tensor(slots, device="cuda"), torch.tensor(scales, device="cuda")
     x.requires_grad_()
-    found = multi_lora_(plain.clone(), x, A, B, where, factor, backend=backend)
+    found = multi_lora_(plain.clone(), x, A, B, where, factor)
     cpu = [t.detach().cpu() for t in (plain, x, A, B)]
     assert close(found, reference(*cpu, slots, scales), dtype)
     with torch.no_grad():
-        assert torch.equal(multi_lora_(plain.clone(), x, A, B, where, factor, backend=backend), found)
+        assert torch.equal(multi_lora_(plain.clone(), x, A, B, where, factor), found)
     grad = torch.randn_like(found)
     grads = torch.autograd.grad(found, (x, A, B), grad)
     worst = max(dtype, stored if stored in TOLERANCE else dtype, key=TOLERANCE.__getitem__)
@@ -69,31 +68,28 @@ def test_forward_and_gradients_are_the_references(backend, tokens, in_, out, ran
         assert close(ours, exact, worst)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_rows_of_slot_zero_keep_the_bases_bits(backend, dtype):
+def test_rows_of_slot_zero_keep_the_bases_bits(dtype):
     layout, flat, x, plain = case(dtype=dtype)
     A, B = layout.views(flat)["l1"]
     plain[..., ::3] = -0.0
     where = torch.tensor([0, 3, 0, 1], device="cuda")
-    found = multi_lora_(plain.clone(), x, A, B, where, torch.ones(4, device="cuda"), backend=backend)
+    found = multi_lora_(plain.clone(), x, A, B, where, torch.ones(4, device="cuda"))
     for row, slot in enumerate([0, 3, 0, 1]):
         assert torch.equal(bits(found[row]), bits(plain[row])) == (slot == 0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_rows_bits_do_not_depend_on_the_other_rows(backend):
+def test_a_rows_bits_do_not_depend_on_the_other_rows():
     layout, flat, x, plain = case()
     A, B = layout.views(flat)["l1"]
     results = [
-        multi_lora_(plain.clone(), x, A, B, torch.tensor(slots, device="cuda"), backend=backend)[0]
+        multi_lora_(plain.clone(), x, A, B, torch.tensor(slots, device="cuda"))[0]
         for slots in ([3, 3, 3, 3], [3, 0, 1, 2], [3, 5, 4, 0])
     ]
     assert all(torch.equal(bits(result), bits(results[0])) for result in results)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gradients_sum_into_their_slots_of_the_flat_gradient(backend):
+def test_gradients_sum_into_their_slots_of_the_flat_gradient():
     layout, flat, x, plain = case(dtype=torch.float32)
     A, B = (t.requires_grad_() for t in layout.views(flat)["l1"])
     flat_grad = torch.zeros(SLOTS, layout.size, device="cuda")
@@ -101,7 +97,7 @@ def test_gradients_sum_into_their_slots_of_the_flat_gradient(backend):
     slots, scales = [1, 2, 1, 0], [1.0, 0.5, 2.0, 1.0]
     where, factor = torch.tensor(slots, device="cuda"), torch.tensor(scales, device="cuda")
     grad = torch.randn_like(plain)
-    multi_lora_(plain.clone(), x, A, B, where, factor, grads=sums, backend=backend).backward(grad)
+    multi_lora_(plain.clone(), x, A, B, where, factor, grads=sums).backward(grad)
     cpu = [t.detach().cpu() for t in (grad, x, A, B)]
     _, exact_A, exact_B = reference_gradients(*cpu, slots, scales)
     assert A.grad is None
@@ -110,20 +106,18 @@ def test_gradients_sum_into_their_slots_of_the_flat_gradient(backend):
     assert not flat_grad[[0, 3, 4, 5]].any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_layers_of_one_input_and_one_slot_for_all(backend):
+def test_layers_of_one_input_and_one_slot_for_all():
     layout, flat, x, plain = case(dtype=torch.float32)
     names = ["l0", "l1", "l2"]
     A, Bs = stacked(layout, flat, names), [layout.views(flat)[name][1] for name in names]
     where = torch.tensor([4, 4, 4, 4], device="cuda")
-    together = multi_lora_shared_([plain.clone() for _ in names], x, A, Bs, where, backend=backend)
+    together = multi_lora_shared_([plain.clone() for _ in names], x, A, Bs, where)
     for i, found in enumerate(together):
         alone = multi_lora_(plain.clone(), x, A[:, i], Bs[i], 4)
         assert torch.allclose(found, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_one_cuda_graph_serves_every_mixture(backend):
+def test_one_cuda_graph_serves_every_mixture():
     layout, flat, x, plain = case()
     A, B = layout.views(flat)["l1"]
     where, factor = torch.tensor([1, 2, 3, 4], device="cuda"), torch.ones(4, device="cuda")
@@ -131,7 +125,7 @@ def test_one_cuda_graph_serves_every_mixture(backend):
 
     def run():
         output.copy_(plain)
-        multi_lora_(output, x, A, B, where, factor, backend=backend)
+        multi_lora_(output, x, A, B, where, factor)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -145,7 +139,7 @@ def test_one_cuda_graph_serves_every_mixture(backend):
         where.copy_(torch.tensor(slots))
         factor.copy_(torch.tensor(scales))
         graph.replay()
-        expected = multi_lora_(plain.clone(), x, A, B, where, factor, backend=backend)
+        expected = multi_lora_(plain.clone(), x, A, B, where, factor)
         assert torch.equal(bits(output), bits(expected))
 
 
