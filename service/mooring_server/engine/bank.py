@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from mooring_kernels.arena import ArenaLayout, LayerShape
+from mooring_kernels.multi_lora import multi_lora_
 from torch import Tensor, nn
 
 from mooring_server.engine.adapters import (
@@ -236,11 +237,13 @@ class AdapterBank:
                 yield
             return
         device = self.arena.device
+        placed = [slot if scale else ZERO_SLOT for slot, scale in zip(slot_list, scale_list, strict=True)]
+        base_rows = [row for row, slot in enumerate(placed) if slot == ZERO_SLOT]
         batch = _Rows(
             self.factors,
-            torch.tensor(slot_list, device=device),
-            torch.tensor(scale_list, device=device),
-            slot_list[0] if len(set(slot_list)) == 1 else None,
+            torch.tensor(placed, device=device),
+            None if set(scale_list) == {1.0} else torch.tensor(scale_list, device=device),
+            torch.tensor(base_rows, dtype=torch.int64, device=device),
         )
         with self._activate(batch):
             yield
@@ -331,31 +334,26 @@ class AdapterBank:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Each row with its own factors: two batched products per layer.
+    """Each row with its own factors.
 
     Args:
         factors: layer → views (A `[S, r, in]`, B `[S, out, r]`) of the arena.
         slots: `[B]`.
-        scales: `[B]`.
-        uniform: the slot of all rows when they share one: its factors are broadcast, not gathered.
+        scales: `[B]`; None when all are 1.
+        base_rows: indices of the rows of slot 0.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     slots: Tensor
-    scales: Tensor
-    uniform: int | None
+    scales: Tensor | None
+    base_rows: Tensor
 
     def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
-        """Output `[B, T, out]` plus scale · B(Ax), x `[B, T, in]`."""
+        """Add scale · B(Ax) to output `[B, T, out]` in place, x `[B, T, in]`."""
         batch = self.slots.shape[0]
         assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
         A, B = self.factors[layer]
-        if self.uniform is None:
-            A, B = A.index_select(0, self.slots), B.index_select(0, self.slots)
-        else:
-            A, B = A[self.uniform].expand(batch, -1, -1), B[self.uniform].expand(batch, -1, -1)
-        low = torch.bmm(x, A.to(x.dtype).mT) * self.scales.to(x.dtype)[:, None, None]
-        return torch.baddbmm(output, low.to(output.dtype), B.to(output.dtype).mT)
+        return multi_lora_(output, x, A, B, self.slots, self.scales, base_rows=self.base_rows)
 
 
 class TrainingSlot:
