@@ -208,6 +208,9 @@ class ArenaLayout:
     def __hash__(self) -> int:
         return hash((self.rank, self.layers))
 
+    def __reduce__(self) -> tuple[type[ArenaLayout], tuple[tuple[LayerShape, ...], int]]:
+        return ArenaLayout, (self.layers, self.rank)  # without the cache
+
     def __repr__(self) -> str:
         return f"ArenaLayout({len(self.layers)} layers, rank {self.rank}, {self.size} elements)"
 
