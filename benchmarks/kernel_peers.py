@@ -70,53 +70,65 @@ def random_factors(
 # ---------------------------------------------------------------------- the penalty, otherwise
 
 
-def matrix_norm_loop(layout: ArenaLayout, flat: Tensor) -> Callable[[], None]:
+def _leaves(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B as parameters of their own, as PyTorch users hold them: no gradient is padded to the buffer."""
+    a, b = pair
+    return a.detach().requires_grad_(), b.detach().requires_grad_()
+
+
+def matrix_norm_loop(layout: ArenaLayout, flat: Tensor) -> Callable[[], Tensor]:
     """σ² by `torch.linalg.matrix_norm(ord=2)` of every dense ΔW, autograd."""
 
-    def run() -> None:
-        leaf = flat.detach().requires_grad_()
-        total = sum(torch.linalg.matrix_norm(b @ a, ord=2) ** 2 for a, b in layout.views(leaf).values())
+    def run() -> Tensor:
+        pairs = [_leaves(pair) for pair in layout.views(flat).values()]
+        total = sum(torch.linalg.matrix_norm(b @ a, ord=2) ** 2 for a, b in pairs)
         assert isinstance(total, Tensor)
         total.backward()  # type: ignore[no-untyped-call]
+        return total.detach()
 
     return run
 
 
-def gram_eigvalsh(layout: ArenaLayout, flat: Tensor) -> Callable[[], None]:
+def gram_eigvalsh(layout: ArenaLayout, flat: Tensor) -> Callable[[], Tensor]:
     """λ_max of G_B^½·G_A·G_B^½ (by Cholesky) with batched `eigvalsh`, a batch for each shape, autograd."""
 
-    def run() -> None:
-        leaf = flat.detach().requires_grad_()
+    def run() -> Tensor:
         total = torch.zeros((), device=flat.device)
         for group in layout.groups:
-            a, b = group.views(leaf)
+            a, b = _leaves(group.views(flat))
             gram_b = b.mT @ b
             scale = gram_b.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             root = torch.linalg.cholesky(gram_b + 1e-6 * scale * torch.eye(group.rank, device=flat.device))
             total = total + torch.linalg.eigvalsh(root.mT @ (a @ a.mT) @ root)[:, -1].sum()
         total.backward()  # type: ignore[no-untyped-call]
+        return total.detach()
 
     return run
 
 
-def power_iteration(layout: ArenaLayout, flat: Tensor) -> Callable[[], None]:
-    """One warm-started step v ← ΔWᵀu, u ← ΔWv (SN-GAN), a batch for each shape, autograd of uᵀΔWv."""
-    device = flat.device
-    us = [
-        F.normalize(torch.randn(len(group.indices), group.out, 1, device=device), dim=1)
-        for group in layout.groups
-    ]
+def power_iteration(layout: ArenaLayout, flat: Tensor, *, batched: bool) -> Callable[[], Tensor]:
+    """One warm-started step v ← ΔWᵀu, u ← ΔWv (SN-GAN), then autograd of (uᵀΔWv)².
 
-    def run() -> None:
-        leaf = flat.detach().requires_grad_()
-        total = torch.zeros((), device=device)
-        for i, group in enumerate(layout.groups):
-            a, b = group.views(leaf)
+    Args:
+        layout: of `flat`.
+        flat: `[size]`.
+        batched: a batch for each shape; else a loop over layers, as the usual spectral norm runs.
+    """
+    groups = [group.views(flat) for group in layout.groups]
+    if not batched:
+        groups = [(a[None], b[None]) for a, b in layout.views(flat).values()]
+    us = [F.normalize(torch.randn(*b.shape[:2], 1, device=flat.device), dim=1) for _, b in groups]
+
+    def run() -> Tensor:
+        total = torch.zeros((), device=flat.device)
+        for i, pair in enumerate(groups):
+            a, b = _leaves(pair)
             with torch.no_grad():
                 v = F.normalize(a.mT @ (b.mT @ us[i]), dim=1)
                 us[i] = F.normalize(b @ (a @ v), dim=1)
             total = total + (us[i].mT @ (b @ (a @ v))).square().sum()
         total.backward()  # type: ignore[no-untyped-call]
+        return total.detach()
 
     return run
 
