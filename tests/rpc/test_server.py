@@ -154,6 +154,8 @@ def test_a_running_training_shows_its_figures(server, stubs):
     assert samples["mooring_training_drift"] >= 0
     assert samples["mooring_training_strength"] >= 0
     assert samples["mooring_training_sigma_max"] >= 0
+    by_layer = [s for name, s in samples.items() if name.startswith("mooring_training_layer_sigma{layer=")]
+    assert max(by_layer) == samples["mooring_training_sigma_max"]
     stubs.jobs.CancelJob(job_pb2.CancelJobRequest(name=job.name), timeout=DEADLINE)
     assert list(watch)[-1].job.state == job_pb2.JOB_STATE_CANCELLED
     samples = scrape(server)

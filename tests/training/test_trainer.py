@@ -234,9 +234,24 @@ def test_progress_tells_phases_and_numbers(base, bank, photos):
     assert measured == [report.step >= config.probe_every for report in training]
     assert all(report.seconds_left >= 0 for report in training)
     assert training[-1].sigma_max > 0
+    assert training[-1].layer_sigma.keys() == set(bank.layout.names)
+    assert max(training[-1].layer_sigma.values()) == training[-1].sigma_max
     assert sum(len(report.previews) for report in seen) == 4
     drawn = next(report.previews[0] for report in training if report.previews)
     assert drawn.shape == (base.native_size, base.native_size, 3)
+
+
+def test_every_step_of_a_penalised_run_tells_the_norm_of_each_layer(base, bank, photos):
+    seen = []
+    finish(
+        start(base, bank, photos, dataclasses.replace(QUICK, method=Method.SPECTRAL, strength=0.1), seen=seen)
+    )
+    training = [report.layer_sigma for report in seen if report.phase == "training"]
+    assert len(training) == QUICK.steps
+    assert all(report.keys() == training[0].keys() for report in training)
+    # B starts at zero, and the norms are those that the step began with
+    assert set(training[0].values()) == {0.0}
+    assert all(sigma > 0 for sigma in training[-1].values())
 
 
 def test_targets_beyond_the_bank_are_refused(base, bank, photos):

@@ -59,7 +59,7 @@ def penalty(
     Args:
         layout: of `flat`.
         flat: factors `[size]`, or a bank `[S, size]`; float32, bfloat16, or float64 (PyTorch path only).
-        slots: rows of the bank to look at; all when absent.
+        slots: distinct rows of the bank to look at; all when absent. A tensor's values are not checked.
         backend: `auto` takes Triton for CUDA tensors.
 
     Raises:
@@ -231,6 +231,10 @@ class _Bank:
             raise ValueError(f"this layout's buffers have {layout.size} elements, not {list(flat.shape)}")
         if flat.ndim == 1 and slots is not None:
             raise ValueError("slots are given for a single buffer")
+        if slots is not None and not isinstance(slots, Tensor):
+            outside = [slot for slot in slots if not 0 <= slot < flat.shape[0]]
+            if outside or len(set(slots)) != len(slots):
+                raise ValueError(f"slots {list(slots)} are not distinct rows of a bank of {flat.shape[0]}")
         self.layout = layout
         self.single = flat.ndim == 1
         self.flat = flat.unsqueeze(0) if self.single else flat

@@ -6,7 +6,7 @@ units. Labels are bounded: no tenant, prompt or adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -123,6 +123,7 @@ class _JobCollector(Collector):
         yield GaugeMetricFamily("mooring_jobs", "Jobs by kind and state.", labels=["kind", "state"])
         for name, text in self._FIGURES.items():
             yield GaugeMetricFamily(f"mooring_training_{name}", text)
+        yield self._layer_sigma([])
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One sample per kind and state; training figures while a training runs (the largest of several)."""
@@ -137,3 +138,19 @@ class _JobCollector(Collector):
             if values:
                 family.add_metric([], max(values))
             yield family
+        yield self._layer_sigma(running)
+
+    @staticmethod
+    def _layer_sigma(running: Sequence[Mapping[str, Any]]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "mooring_training_layer_sigma",
+            "Spectral norm of each layer's update in the running training.",
+            labels=["layer"],
+        )
+        largest: dict[str, float] = {}
+        for job in running:
+            for layer, sigma in (job.get("layer_sigma") or {}).items():
+                largest[layer] = max(float(sigma), largest.get(layer, 0.0))
+        for layer, sigma in sorted(largest.items()):
+            family.add_metric([layer], sigma)
+        return family

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,7 @@ class TrainProgress:
         steps: optimiser steps in all.
         loss: moving average of the denoising loss.
         sigma_max: largest operator norm of any layer's update.
+        layer_sigma: operator norm of each trained layer's update, by the layer's path; empty while unknown.
         drift: last estimate, share of the base's guidance energy.
         budget: ρ that is steered to, or None.
         strength: λ now.
@@ -76,6 +77,7 @@ class TrainProgress:
     steps: int
     loss: float | None = None
     sigma_max: float | None = None
+    layer_sigma: Mapping[str, float] = field(default_factory=dict)
     drift: float | None = None
     budget: float | None = None
     strength: float | None = None
@@ -451,7 +453,15 @@ class _Run:
         before = self.step_seconds
         self.step_seconds = seconds if before is None else SMOOTHING * seconds + (1 - SMOOTHING) * before
 
+    def _layer_sigma(self) -> dict[str, float]:
+        """Of the layers that are trained: one read of all norms, which are there already."""
+        if self.norms is None:
+            return {}
+        names, sigma = self.slot.layout.names, self.norms.sigma2.clamp_min(0.0).sqrt().tolist()
+        return {name: s for name, s in zip(names, sigma, strict=True) if name in self.slot.params}
+
     def _report(self, phase: str, *, previews: tuple[Tensor, ...] = ()) -> None:
+        sigma = self._layer_sigma()
         left = None if self.step_seconds is None else self.step_seconds * (self.config.steps - self.step)
         self.on_progress(
             TrainProgress(
@@ -459,7 +469,8 @@ class _Run:
                 step=self.step,
                 steps=self.config.steps,
                 loss=self.averages.get("loss"),
-                sigma_max=None if self.norms is None else self.norms.sigma_max,
+                sigma_max=max(sigma.values(), default=None),
+                layer_sigma=sigma,
                 drift=self.drift,
                 budget=self.config.target_drift,
                 strength=self.strength,
