@@ -16,7 +16,7 @@ bit on one machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from mooring_kernels.arena import ArenaLayout
 SQUARINGS = 12
 """M^(2^12): two values 0.1 % apart are separated by a factor of e⁸ in squared singular value."""
 POLISH_STEPS = 3
+MERGED_RANK = 32
 _TINY = 1e-300
 
 
@@ -54,19 +55,13 @@ class Solved:
     fro2: Tensor
 
 
-def solve(a: Tensor, b: Tensor) -> Solved:
-    """Norms of n layers' B·A.
-
-    Args:
-        a: `[n, r, in]`.
-        b: `[n, out, r]`.
-    """
+def _grams(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _computable(a), _computable(b)
-    return solve_grams((a @ a.mT).double(), (b.mT @ b).double())
+    return (a @ a.mT).double(), (b.mT @ b).double()
 
 
 def solve_grams(gram_a: Tensor, gram_b: Tensor) -> Solved:
-    """As `solve`, from G_A and G_B, float64 `[n, r, r]`."""
+    """Norms of n layers' B·A from G_A and G_B, float64 `[n, r, r]`."""
     product = gram_b @ gram_a
     power = _normalised(product)
     for _ in range(SQUARINGS):
@@ -84,13 +79,39 @@ def solve_grams(gram_a: Tensor, gram_b: Tensor) -> Solved:
     return Solved(gram_a, gram_b, y, z, q, inverse_n2, sigma2, (gram_a * gram_b).sum((-2, -1)))
 
 
+def solve_network(layout: ArenaLayout, flat: Tensor) -> list[Solved]:
+    """Norms and leading directions of every group of the layout.
+
+    Groups of one small rank are solved as one batch: there the calls take longer than the arithmetic.
+    """
+    grams = [_grams(*group.views(flat)) for group in layout.groups]
+    found: list[Solved | None] = [None] * len(grams)
+    for rank in {group.rank for group in layout.groups}:
+        members = [i for i, group in enumerate(layout.groups) if group.rank == rank]
+        if rank > MERGED_RANK or len(members) == 1:
+            for i in members:
+                found[i] = solve_grams(*grams[i])
+            continue
+        whole = solve_grams(*(torch.cat([grams[i][k] for i in members]) for k in (0, 1)))
+        sizes = [len(layout.groups[i].indices) for i in members]
+        parts = zip(*(getattr(whole, name.name).split(sizes) for name in fields(Solved)), strict=True)
+        for i, part in zip(members, parts, strict=True):
+            found[i] = Solved(*part)
+    return [solved for solved in found if solved is not None]
+
+
+def collect(layout: ArenaLayout, found: list[Solved]) -> tuple[Tensor, Tensor]:
+    """σ² and ‖·‖_F² of the groups, float64 `[L]` each, in the order of the layers."""
+    order = torch.tensor([i for group in layout.groups for i in group.indices], device=found[0].sigma2.device)
+    both = torch.stack((torch.cat([s.sigma2 for s in found]), torch.cat([s.fro2 for s in found])))
+    placed = torch.empty_like(both)
+    placed[:, order] = both
+    return placed[0], placed[1]
+
+
 def norms(layout: ArenaLayout, flat: Tensor) -> tuple[Tensor, Tensor]:
     """σ² and ‖·‖_F² of every layer, float64 `[L]`, of one row `[size]`."""
-    found = flat.new_zeros(2, len(layout.layers), dtype=torch.float64)
-    for group in layout.groups:
-        solved = solve(*group.views(flat))
-        found[:, list(group.indices)] = torch.stack((solved.sigma2, solved.fro2))
-    return found[0], found[1]
+    return collect(layout, solve_network(layout, flat))
 
 
 def add_share_(
@@ -115,20 +136,18 @@ def add_share_(
     Returns:
         σ² and ‖·‖_F² of every layer of `flat` as it was, float64 `[L]`.
     """
-    found = flat.new_zeros(2, len(layout.layers), dtype=torch.float64)
-    for group in layout.groups:
+    found = solve_network(layout, flat)
+    if isinstance(lam, float | int) and lam == 0.0:
+        return collect(layout, found)
+    for group, solved in zip(layout.groups, found, strict=True):
         a, b = group.views(flat)
-        solved = solve(a, b)
-        found[:, list(group.indices)] = torch.stack((solved.sigma2, solved.fro2))
-        if isinstance(lam, float | int) and lam == 0.0:
-            continue
         w = torch.full((len(group.indices), 1, 1), 2.0, dtype=torch.float64, device=flat.device) * lam
         if weights is not None:
             w *= weights[list(group.indices)].to(w).view(-1, 1, 1)
         shares = _shares(_computable(a), _computable(b), solved, w, kind)
         for goal, share in zip(group.views(target), shares, strict=True):
             _add(goal, *share)
-    return found[0], found[1]
+    return collect(layout, found)
 
 
 def squares(layout: ArenaLayout, flat: Tensor) -> Tensor:
