@@ -100,6 +100,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the job has not ended well yet, or is not of the kind that makes what was asked for."""
     ERROR_REASON_ARTIFACT_NOT_FOUND: _ErrorReason.ValueType  # 37
     """NOT_FOUND: the job made no file of this name."""
+    ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 38
+    """DEADLINE_EXCEEDED: the request cannot be done before the call's deadline; refused as soon as that is certain."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -188,6 +190,8 @@ ERROR_REASON_JOB_HAS_NO_RESULT: ErrorReason.ValueType  # 36
 """FAILED_PRECONDITION: the job has not ended well yet, or is not of the kind that makes what was asked for."""
 ERROR_REASON_ARTIFACT_NOT_FOUND: ErrorReason.ValueType  # 37
 """NOT_FOUND: the job made no file of this name."""
+ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 38
+"""DEADLINE_EXCEEDED: the request cannot be done before the call's deadline; refused as soon as that is certain."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
