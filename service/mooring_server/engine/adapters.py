@@ -2,11 +2,9 @@
 
 The file is one safetensors with diffusers' own key names (`unet.….to_q.lora_A.weight`), the scale folded into
 B, so its LoRA part loads elsewhere as it is. Reading is strict and allocates nothing before the header has
-been
-checked: size cap, allow-listed keys, shapes, dtypes, the base's digest, then finiteness. A key that this base
-has
-no layer for is an error that names it: an adapter that silently does nothing is the most reported fault of
-today's tools. Left out: importing kohya and PEFT variants, convolution layers.
+been checked: size cap, allow-listed keys, shapes, dtypes, the base's digest, then finiteness. A key that this
+base has no layer for is an error that names it: an adapter that silently does nothing is the most reported
+fault of today's tools. `formats` converts the files of other makers. Left out: convolution layers.
 
 Shape legend: r rank, n vectors of a placeholder, width of a text encoder's token embeddings.
 """
@@ -37,7 +35,9 @@ HEADER_KEY = "mooring"
 MAX_ADAPTER_BYTES = 512 * 2**20
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_HEADER_BYTES = 8 * 2**20
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
+"""What factors and embeddings may be stored as; they are read as float32."""
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _EMBEDDING = re.compile(r"embeddings\.(?P<index>\d+)\.(?P<encoder>\d+)")
 _SHOWN = 5
@@ -169,12 +169,12 @@ def from_safetensors(
         max_rank: larger ranks are refused; None for no limit.
 
     Raises:
-        MooringError: ADAPTER_KEYS_UNMATCHED (not such a file, unknown or unpaired keys, shapes, dtypes),
-            BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_NOT_FINITE.
+        MooringError: ADAPTER_TOO_LARGE, ADAPTER_KEYS_UNMATCHED (not such a file, unknown or unpaired keys,
+            shapes, dtypes), BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_NOT_FINITE.
     """
     if len(data) > max_bytes:
-        raise _unmatched(f"The file has {len(data)} bytes; adapters may have {max_bytes}.")
-    entries, metadata = _read_header(data)
+        raise too_large(len(data), max_bytes)
+    entries, metadata = read_header(data)
     header = _header(metadata.get(HEADER_KEY))
     if header.base_digest != base.digest:
         raise MooringError(
@@ -194,7 +194,7 @@ def from_safetensors(
     try:
         tensors = {key: tensor.float() for key, tensor in load(data).items()}
     except SafetensorError as error:
-        raise _unmatched(f"The file is damaged: {error}.") from error
+        raise unmatched(f"The file is damaged: {error}.") from error
     require_finite(tensors)
     embeddings = {
         name: tuple(tensors[f"embeddings.{index}.{encoder}"] for encoder in range(len(base.text_encoders)))
@@ -259,7 +259,7 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
     if bad:
         raise MooringError(
             Reason.ADAPTER_NOT_FINITE,
-            f"The adapter holds NaN or infinite values in {_listed(bad)}.",
+            f"The adapter holds NaN or infinite values in {listed(bad)}.",
             remedy="Train it again with a lower learning rate, or repair the file.",
         )
 
@@ -287,26 +287,48 @@ def _tensors(weights: AdapterWeights) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in named.items()}
 
 
-def _read_header(data: bytes) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
-    """Key → (dtype, shape) and the metadata of a safetensors file, without touching the tensors."""
+def too_large(size: int, limit: int) -> MooringError:
+    """The error for a file, or its float32 form, that exceeds the limit; both in bytes."""
+    return MooringError(
+        Reason.ADAPTER_TOO_LARGE,
+        f"The file has {size} bytes; adapters may have {limit}.",
+        remedy="Use a smaller rank or fewer layers, or raise the server's max_adapter_bytes.",
+        metadata={"size": str(size), "limit": str(limit)},
+    )
+
+
+def read_header(data: bytes) -> tuple[dict[str, tuple[str, list[int]]], dict[str, str]]:
+    """Key → (dtype, shape) and the metadata of a safetensors file, without touching the tensors.
+
+    Raises:
+        MooringError: ADAPTER_KEYS_UNMATCHED for other files, and for tensors larger than the file.
+    """
     length = int.from_bytes(data[:8], "little") if len(data) >= 8 else -1
     if not 0 < length <= min(len(data) - 8, _MAX_HEADER_BYTES):
-        raise _unmatched("The file is no safetensors file: its header length is impossible.")
+        raise unmatched("The file is no safetensors file: its header length is impossible.")
     try:
-        document: dict[str, Any] = json.loads(data[8 : 8 + length])
+        document: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
         metadata = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
         entries = {
             str(key): (str(entry["dtype"]), [int(size) for size in entry["shape"]])
             for key, entry in document.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unmatched(f"The file is no safetensors file: {error}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise unmatched(f"The file is no safetensors file: {error}.") from error
     if any(size < 0 for _, shape in entries.values() for size in shape):
-        raise _unmatched("The file declares negative sizes.")
-    declared = sum(_DTYPES.get(dtype, 8) * math.prod(shape) for dtype, shape in entries.values())
-    if declared > len(data):
-        raise _unmatched(f"The file declares {declared} bytes of tensors and has {len(data)}.")
+        raise unmatched("The file declares negative sizes.")
+    declared = sum(_BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in entries.values())
+    if declared > len(data) - 8 - length:
+        raise unmatched(f"The file declares {declared} bytes of tensors and has {len(data) - 8 - length}.")
     return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; one with a name twice could be read as another one than was checked."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name comes twice")
+    return found
 
 
 def _check_entries(
@@ -319,7 +341,7 @@ def _check_entries(
     wrong: list[str] = []
     for key, (dtype, shape) in entries.items():
         factor, embedding = _FACTOR.fullmatch(key), _EMBEDDING.fullmatch(key)
-        if dtype not in _DTYPES or len(shape) != 2:
+        if dtype not in FACTOR_DTYPES or len(shape) != 2:
             wrong.append(f"{key} ({dtype} {shape}, expected a floating-point matrix)")
         elif factor and factor["layer"] in expected:
             out, in_ = expected[factor["layer"]]
@@ -336,25 +358,25 @@ def _check_entries(
         else:
             unknown.append(key)
     if unknown:
-        raise _unmatched(f"This base has nothing that matches {_listed(unknown)}.", keys=unknown)
+        raise unmatched(f"This base has nothing that matches {listed(unknown)}.", keys=unknown)
     if wrong:
-        raise _unmatched(f"These tensors do not fit this base: {_listed(wrong)}.", keys=wrong)
+        raise unmatched(f"These tensors do not fit this base: {listed(wrong)}.", keys=wrong)
     unpaired = [layer for layer, found in ranks.items() if len(found) != 2 or found["A"] != found["B"]]
     if unpaired:
-        raise _unmatched(
-            f"Factors A and B are missing or differ in rank for {_listed(unpaired)}.", keys=unpaired
+        raise unmatched(
+            f"Factors A and B are missing or differ in rank for {listed(unpaired)}.", keys=unpaired
         )
     for index, name in enumerate(placeholders):
         keys = [f"embeddings.{index}.{encoder}" for encoder in range(len(base.text_encoders))]
         if any(key not in entries for key in keys) or len({entries[key][1][0] for key in keys}) != 1:
-            raise _unmatched(f"The placeholder {name} lacks equal embeddings for every text encoder.")
+            raise unmatched(f"The placeholder {name} lacks equal embeddings for every text encoder.")
     return {layer: found["A"] for layer, found in ranks.items()}
 
 
 def _header(text: str | None) -> _Header:
     """Parse and check our metadata entry."""
     if text is None:
-        raise _unmatched(f"The file carries no “{HEADER_KEY}” metadata, so it is no adapter of Mooring's.")
+        raise unmatched(f"The file carries no “{HEADER_KEY}” metadata, so it is no adapter of Mooring's.")
     try:
         document = json.loads(text)
         found = _Header(
@@ -364,25 +386,32 @@ def _header(text: str | None) -> _Header:
             {str(key): str(value) for key, value in document["metadata"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unmatched(f"The file's metadata is damaged: {error!r}.") from error
+        raise unmatched(f"The file's metadata is damaged: {error!r}.") from error
     if found.format != FORMAT:
-        raise _unmatched(f"The file's format is {found.format}, not {FORMAT}.")
+        raise unmatched(f"The file's format is {found.format}, not {FORMAT}.")
     if len(set(found.placeholders)) != len(found.placeholders) or not all(map(str.strip, found.placeholders)):
-        raise _unmatched("The file's list of placeholders is damaged.")
+        raise unmatched("The file's list of placeholders is damaged.")
     return found
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few names and how many more there are."""
     shown = ", ".join(names[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
-def _unmatched(message: str, *, keys: Sequence[str] = ()) -> MooringError:
+def unmatched(
+    message: str,
+    *,
+    keys: Sequence[str] = (),
+    remedy: str = "Use an adapter that was made for this base by Mooring.",
+) -> MooringError:
+    """The error for a file whose keys or shapes are not those of the base."""
     return MooringError(
         Reason.ADAPTER_KEYS_UNMATCHED,
         message,
-        remedy="Use an adapter that was made for this base by Mooring.",
-        metadata={"keys": ", ".join(keys[:_SHOWN])} if keys else None,
+        remedy=remedy,
+        metadata={"keys": ", ".join(keys[:_SHOWN]), "count": str(len(keys))} if keys else None,
     )
 
 

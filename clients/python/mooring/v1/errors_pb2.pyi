@@ -102,6 +102,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: the job made no file of this name."""
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 38
     """DEADLINE_EXCEEDED: the request cannot be done before the call's deadline; refused as soon as that is certain."""
+    ERROR_REASON_ADAPTER_TOO_LARGE: _ErrorReason.ValueType  # 39
+    """INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
+    ERROR_REASON_ADAPTER_NOT_SUPPORTED: _ErrorReason.ValueType  # 40
+    """INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -192,6 +196,10 @@ ERROR_REASON_ARTIFACT_NOT_FOUND: ErrorReason.ValueType  # 37
 """NOT_FOUND: the job made no file of this name."""
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 38
 """DEADLINE_EXCEEDED: the request cannot be done before the call's deadline; refused as soon as that is certain."""
+ERROR_REASON_ADAPTER_TOO_LARGE: ErrorReason.ValueType  # 39
+"""INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
+ERROR_REASON_ADAPTER_NOT_SUPPORTED: ErrorReason.ValueType  # 40
+"""INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
