@@ -12,7 +12,7 @@ from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.engine import Engine, TaskClass
 from mooring_server.engine.requests import GenerationRequest, ImageReady, Progress, Queued
 from mooring_server.engine.sampling import SampleRow, sample
-from mooring_server.errors import MooringError, Reason
+from mooring_server.errors import Code, MooringError, Reason
 
 WAIT = 60
 REQUEST = {"prompt": "a duck on grass", "steps": 3, "guidance_scale": 3.0}
@@ -400,6 +400,97 @@ def test_positions_are_told_as_the_queue_moves(start, gate):
         handle.result(WAIT)
     assert [e.position for e in seen[0] if isinstance(e, Queued)] == [0]
     assert [e.position for e in seen[1] if isinstance(e, Queued)] == [1, 0]
+
+
+# ---------------------------------------------------------------------- tenants and deadlines
+
+
+def test_a_tenant_that_floods_a_class_does_not_keep_another_out(start):
+    engine = start(max_running=2)
+    stop = threading.Event()
+
+    def flood():
+        while not stop.is_set():
+            time.sleep(0.001)
+            yield
+
+    handles = [engine.submit(flood(), TaskClass.BATCH, "flood", tenant="flood") for _ in range(6)]
+    assert (
+        engine.submit(counting([], "one", 20), TaskClass.BATCH, "one", tenant="other").result(WAIT) == "one"
+    )
+    assert engine.stats().waiting[TaskClass.BATCH] == 4
+    stop.set()
+    for handle in handles:
+        handle.result(WAIT)
+
+
+def test_weights_divide_a_class_among_tenants(start):
+    engine = start(tenant_weights={"big": 3.0})
+    stop, ticks = threading.Event(), {"big": 0, "small": 0}
+
+    def work(tenant):
+        while not stop.is_set():
+            time.sleep(0.002)
+            ticks[tenant] += 1
+            yield
+
+    handles = [engine.submit(work(name), TaskClass.BATCH, name, tenant=name) for name in ticks]
+    time.sleep(1.0)
+    stop.set()
+    for handle in handles:
+        handle.result(WAIT)
+    assert 2.0 < ticks["big"] / ticks["small"] < 4.5
+
+
+def test_earlier_deadlines_are_served_first(start, gate):
+    engine = start()
+    gate.hold(engine)
+    ended = []
+    handles = []
+    for name, seconds in (("none", None), ("late", 2 * WAIT), ("soon", WAIT)):
+        deadline = None if seconds is None else time.monotonic() + seconds
+        handle = engine.generate(GenerationRequest(**REQUEST), lambda _event: None, deadline=deadline)
+        handle.add_done_callback(lambda _handle, name=name: ended.append(name))
+        handles.append(handle)
+    gate.opened.set()
+    for handle in handles:
+        handle.result(WAIT)
+    assert ended == ["soon", "late", "none"]
+
+
+def test_a_deadline_that_passes_in_the_queue_ends_the_request_unstarted(start, gate, base):
+    engine = start(max_running=1)
+    gate.hold(engine)
+    events = []
+    request = GenerationRequest(**REQUEST, adapter=random_adapter(base, 1))
+    handle = engine.generate(request, events.append, deadline=time.monotonic() + 0.01)
+    time.sleep(0.02)
+    gate.opened.set()
+    with pytest.raises(MooringError, match="generate cannot be done before its deadline") as caught:
+        handle.result(WAIT)
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+    assert caught.value.code is Code.DEADLINE_EXCEEDED
+    assert caught.value.metadata["left_seconds"] == "0.000"
+    assert events == []
+    assert engine.bank._pins == [0] * len(engine.bank._pins)
+
+
+def test_a_request_whose_steps_cannot_be_done_in_time_is_refused_before_time_is_spent(start, base):
+    engine = start()
+    adapter = random_adapter(base, 1)
+    images(engine, adapter=adapter)  # three steps: their cost is known now
+    request = GenerationRequest(**{**REQUEST, "steps": 150}, adapter=adapter)
+    events = []
+    ticks = engine.stats().ticks[TaskClass.INTERACTIVE]
+    # 150 steps take longer than this: a step of the tiny base is about 3 ms
+    deadline = time.monotonic() + 0.1
+    with pytest.raises(MooringError, match="its steps take") as caught:
+        engine.generate(request, events.append, deadline=deadline).result(WAIT)
+    assert time.monotonic() < deadline
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+    assert float(caught.value.metadata["needed_seconds"]) > float(caught.value.metadata["left_seconds"])
+    assert engine.stats().ticks[TaskClass.INTERACTIVE] == ticks
+    assert images(engine, adapter=adapter)  # others go on
 
 
 BAD = [

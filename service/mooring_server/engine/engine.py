@@ -8,10 +8,11 @@ it).
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from mooring_server.engine.bank import ZERO_SLOT, AdapterBank
 from mooring_server.engine.model import BaseModel
-from mooring_server.engine.policy import ClassPolicy, TaskClass
+from mooring_server.engine.policy import SchedulingPolicy, TaskClass, Ticket
 from mooring_server.engine.requests import GenerationEvent, GenerationRequest, ImageReady, Progress, Queued
 from mooring_server.engine.sampling import MAX_BATCH, SampleRow, sample
 from mooring_server.errors import MooringError, Reason
@@ -90,7 +91,7 @@ class TaskHandle(Generic[T]):
 
         Raises:
             TimeoutError: after `timeout` seconds.
-            MooringError: CANCELLED, DRAINING, OUT_OF_MEMORY.
+            MooringError: CANCELLED, DEADLINE_EXCEEDED, DRAINING, OUT_OF_MEMORY.
             Exception: whatever the task raised.
         """
         return self._future.result(timeout)
@@ -100,9 +101,9 @@ class TaskHandle(Generic[T]):
         self._future.add_done_callback(lambda _future: callback(self))
 
 
-@dataclass(eq=False)
-class _Task:
-    """A task, from inside.
+@dataclass(eq=False, kw_only=True)
+class _Task(Ticket):
+    """A task, from inside; the policy knows the rest of it.
 
     Args:
         steps: the generator.
@@ -120,10 +121,19 @@ class _Task:
 
 @dataclass(eq=False)
 class _Lane:
-    """The tasks of one class: `waiting` in order of arrival, `running` taken in turn."""
+    """The tasks of one class.
+
+    Args:
+        waiting: in order of arrival.
+        running: in order of their start.
+        busy_seconds: device time used so far.
+        ticks: so far.
+        moved: places in the queue have to be told anew.
+    """
 
     waiting: deque[_Task] = field(default_factory=deque)
-    running: deque[_Task] = field(default_factory=deque)
+    running: list[_Task] = field(default_factory=list)
+    moved: bool = False
     busy_seconds: float = 0.0
     ticks: int = 0
 
@@ -138,7 +148,8 @@ class Engine:
         training_share: least share of device time for training while it has work.
         max_queue: tasks of one class that may wait; one more is refused with QUEUE_FULL.
         max_running: tasks of one class that take turns; the others wait, so that each one's latency stays
-            bounded.
+            bounded. As many again may run while they are of tenants that have nothing running yet.
+        tenant_weights: shares of tenants within a class relative to each other; those not named have 1.
         observer: receives numbers.
     """
 
@@ -151,6 +162,7 @@ class Engine:
         training_share: float = 0.2,
         max_queue: int = 64,
         max_running: int = 4,
+        tenant_weights: Mapping[str, float] | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
         self.base = base
@@ -159,7 +171,8 @@ class Engine:
         self.max_running = max_running
         self._observers: list[EngineObserver] = [] if observer is None else [observer]
         self._faulty: set[str] = set()
-        self._policy = ClassPolicy(training_share)
+        self._policy = SchedulingPolicy(training_share, weights=tenant_weights)
+        self._steps_in_tick = 0
         self._lanes = {klass: _Lane() for klass in TaskClass}
         self._changed = threading.Condition()
         self._draining = False
@@ -176,7 +189,9 @@ class Engine:
 
     # ------------------------------------------------------------------ submitting
 
-    def submit(self, steps: Generator[None, None, T], klass: TaskClass, name: str) -> TaskHandle[T]:
+    def submit(
+        self, steps: Generator[None, None, T], klass: TaskClass, name: str, *, tenant: str = ""
+    ) -> TaskHandle[T]:
         """Queue a generator. It runs on the engine thread only, from its first line on.
 
         Args:
@@ -184,12 +199,13 @@ class Engine:
                 what it holds in `finally`. It must not yield inside a `with torch.no_grad()` or `bank.rows`.
             klass: decides when it runs.
             name: for logs and errors.
+            tenant: whose work it is.
 
         Raises:
             MooringError: QUEUE_FULL, DRAINING.
         """
         handle: TaskHandle[T] = TaskHandle(name, klass, self._wake)
-        self._enqueue(_Task(steps, handle))
+        self._enqueue(_Task(steps=steps, handle=handle, klass=klass, tenant=tenant))
         return handle
 
     def generate(
@@ -198,6 +214,8 @@ class Engine:
         on_event: Callable[[GenerationEvent], None],
         *,
         klass: TaskClass = TaskClass.INTERACTIVE,
+        tenant: str = "",
+        deadline: float | None = None,
     ) -> TaskHandle[None]:
         """Make images; events arrive on the engine thread, in order: Queued…, Progress…, ImageReady….
 
@@ -207,6 +225,9 @@ class Engine:
             request: what to make.
             on_event: must not block.
             klass: INTERACTIVE, or BATCH for work nobody waits at.
+            tenant: whose request it is.
+            deadline: when it must be done, on the clock of `time.monotonic`; the task ends with
+                DEADLINE_EXCEEDED as soon as it is certain that it cannot be. None: it may take its time.
 
         Raises:
             MooringError: what `GenerationRequest.validate` raises, QUEUE_FULL, DRAINING.
@@ -231,8 +252,21 @@ class Engine:
                 self.bank.release(slot)
 
         handle.add_done_callback(release)  # `ready` took the slot: it goes back however the task ends
-        steps = self._generate(request, on_event, slots)
-        self._enqueue(_Task(steps, handle, ready, lambda position: on_event(Queued(position))))
+        batch = min(request.count, MAX_BATCH)
+        task = _Task(
+            steps=self._generate(request, on_event, slots),
+            handle=handle,
+            ready=ready,
+            on_position=lambda position: on_event(Queued(position)),
+            klass=klass,
+            tenant=tenant,
+            deadline=deadline,
+            adapter="" if request.adapter is None else request.adapter.digest,
+            # what decides how long a step takes
+            kind=(request.height, request.width, batch, request.guidance_scale > 1, request.adapter is None),
+            steps_left=request.steps * math.ceil(request.count / MAX_BATCH),
+        )
+        self._enqueue(task)
         return handle
 
     def _generate(
@@ -260,6 +294,7 @@ class Engine:
                 )
                 preview = self.base.decode(clean[:1])[0].numpy() if due else None
                 on_event(Progress(before + step, total, preview))
+                self._steps_in_tick += 1
 
             images = yield from sample(
                 self.base,
@@ -280,15 +315,16 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise MooringError(Reason.DRAINING, "The server is shutting down.", remedy="Try another one.")
-            lane = self._lanes[task.handle.klass]
+            lane = self._lanes[task.klass]
             if len(lane.waiting) >= self.max_queue:
                 raise MooringError(
                     Reason.QUEUE_FULL,
-                    f"{len(lane.waiting)} {task.handle.klass.name.lower()} tasks are waiting already.",
+                    f"{len(lane.waiting)} {task.klass.name.lower()} tasks are waiting already.",
                     remedy="Try again in a moment.",
                     metadata={"limit": str(self.max_queue)},
                 )
             lane.waiting.append(task)
+            lane.moved = True
             self._changed.notify_all()
 
     # ------------------------------------------------------------------ watching and ending
@@ -335,22 +371,25 @@ class Engine:
                 self._changed.wait_for(lambda: self._stopped or not self._idle())
                 if self._stopped:
                     break
-            self._drop_cancelled()
+            self._drop_ended()
             self._admit()
-            runnable = [klass for klass, lane in self._lanes.items() if lane.running]
-            if not runnable:
+            started = self._started()
+            if not started:
                 # every task that waits wants a slot that someone outside the engine holds
                 with self._changed:
                     self._changed.wait(timeout=0.05)
                 continue
-            klass = self._policy.pick(runnable)
-            seconds = self._tick(klass)
-            self._policy.charge(klass, seconds, runnable)
+            task = self._policy.pick(started, time.monotonic())
+            seconds = self._tick(task)
+            self._policy.charge(task, seconds, time.monotonic(), steps=self._steps_in_tick)
         self._end_all()
 
-    def _tick(self, klass: TaskClass) -> float:
-        lane = self._lanes[klass]
-        task = lane.running[0]
+    def _started(self) -> list[_Task]:
+        return [task for lane in self._lanes.values() for task in lane.running]
+
+    def _tick(self, task: _Task) -> float:
+        klass, lane = task.klass, self._lanes[task.klass]
+        self._steps_in_tick = 0
         started = time.perf_counter()
         finished: Callable[[], None] | None = None
         try:
@@ -365,10 +404,8 @@ class Engine:
         with self._changed:
             lane.busy_seconds += seconds
             lane.ticks += 1
-            if finished is None:
-                lane.running.rotate(-1)
-            else:
-                lane.running.popleft()
+            if finished is not None:
+                lane.running.remove(task)
         self._tell("tick", klass, seconds)
         if finished is not None:
             self._queue_changed(klass)
@@ -376,49 +413,80 @@ class Engine:
         return seconds
 
     def _admit(self) -> None:
-        """Start waiting tasks, in order, as far as turns and slots allow; tell the others their place."""
+        """Start waiting tasks, as far as places and slots allow; tell the others where they stand."""
         for klass, lane in self._lanes.items():
             changed = False
-            while lane.waiting and len(lane.running) < self.max_running:
-                task = lane.waiting[0]
-                failure: BaseException | None = None
-                try:
-                    self._announce(task, 0)
-                    if task.ready is not None and not task.ready():
-                        break
-                except BaseException as error:  # noqa: BLE001 - as in _tick
-                    failure = _typed(error)
+            while lane.waiting and self._start_next(lane):
                 changed = True
-                with self._changed:
-                    lane.waiting.popleft()
-                    if failure is None:
-                        lane.running.append(task)
-                if failure is not None:
-                    self._close(task, failure)
-            for position, task in enumerate(list(lane.waiting)):
+            if changed:
+                self._queue_changed(klass)
+            with self._changed:
+                moved, lane.moved = lane.moved, False
+                waiting = list(lane.waiting) if moved else []
+            for position, task in enumerate(self._policy.order(waiting, lane.running)):
                 try:
                     self._announce(task, position)
                 except BaseException as error:  # noqa: BLE001 - as in _tick
                     with self._changed:
                         lane.waiting.remove(task)
                     self._close(task, _typed(error))
-            if changed:
-                self._queue_changed(klass)
+                    self._queue_changed(klass)
+
+    def _start_next(self, lane: _Lane) -> bool:
+        """Start one task of a class, or end it where starting fails. False: none can start now."""
+        now = time.monotonic()
+        waiting = list(lane.waiting)  # others may be appended meanwhile
+        for task in self._policy.starts(
+            waiting,
+            lane.running,
+            now,
+            max_running=self.max_running,
+            resident=frozenset(running.adapter for running in self._started()),
+        ):
+            failure: BaseException | None = None
+            try:
+                if task.ready is not None and not task.ready():
+                    continue
+                self._announce(task, 0)
+            except BaseException as error:  # noqa: BLE001 - as in _tick
+                failure = _typed(error)
+            with self._changed:
+                lane.waiting.remove(task)
+                if failure is None:
+                    lane.running.append(task)
+            if failure is None:
+                self._policy.start(task, waiting, now)
+            else:
+                self._close(task, failure)
+            return True
+        return False
 
     def _announce(self, task: _Task, position: int) -> None:
         if task.on_position is not None and task.position != position:
             task.position = position
             task.on_position(position)
 
-    def _drop_cancelled(self) -> None:
+    def _drop_ended(self) -> None:
+        """End what was cancelled, and what cannot make its deadline any more."""
         for klass, lane in self._lanes.items():
             tasks = (*lane.waiting, *lane.running)
-            cancelled = [task for task in tasks if task.handle._cancelled.is_set()]  # noqa: SLF001
-            for task in cancelled:
+            ended: list[tuple[_Task, MooringError]] = [
+                (task, MooringError(Reason.CANCELLED, f"{task.handle.name} was cancelled."))
+                for task in tasks
+                if task.handle._cancelled.is_set()  # noqa: SLF001
+            ]
+            now = time.monotonic()
+            cancelled = {id(task) for task, _ in ended}
+            ended += [
+                (task, _too_late(task, self._policy.needs(task), now))
+                for task in self._policy.hopeless(tasks, now)
+                if id(task) not in cancelled
+            ]
+            for task, reason in ended:
                 with self._changed:
                     (lane.running if task in lane.running else lane.waiting).remove(task)
-                self._close(task, MooringError(Reason.CANCELLED, f"{task.handle.name} was cancelled."))
-            if cancelled:
+                self._close(task, reason)
+            if ended:
                 self._queue_changed(klass)
 
     def _end_all(self) -> None:
@@ -439,6 +507,7 @@ class Engine:
     def _queue_changed(self, klass: TaskClass) -> None:
         lane = self._lanes[klass]
         with self._changed:
+            lane.moved = True
             waiting, running = len(lane.waiting), len(lane.running)
             self._changed.notify_all()
         self._tell("queue", klass, waiting, running)
@@ -464,3 +533,14 @@ def _typed(error: BaseException) -> BaseException:
             remedy="Ask for fewer or smaller images.",
         )
     return error
+
+
+def _too_late(task: _Task, needed: float, now: float) -> MooringError:
+    left = max(0.0, task.due - now)
+    return MooringError(
+        Reason.DEADLINE_EXCEEDED,
+        f"{task.handle.name} cannot be done before its deadline: its steps take {needed:.2f} s or more, "
+        f"and {left:.2f} s are left.",
+        remedy="Allow more time, or ask for fewer steps or images.",
+        metadata={"needed_seconds": f"{needed:.3f}", "left_seconds": f"{left:.3f}"},
+    )

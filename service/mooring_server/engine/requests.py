@@ -124,7 +124,10 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits; `position` others of its class start before it."""
+    """The request waits; `position` others of its class stand before it.
+
+    It can grow: later requests with an earlier deadline, or of a tenant with less running, go first.
+    """
 
     position: int
 
