@@ -250,6 +250,30 @@ def test_a_deadline_stops_the_engine_too(stubs, runtime):
     wait_until(lambda: not busy(runtime))
 
 
+def test_a_request_that_cannot_end_in_time_is_refused_long_before(stubs, runtime):
+    generate(stubs, steps=5, count=4)  # now it is known what a step of four images costs
+    hopeless = pb.GenerateRequest(prompt=PROMPT, steps=150, count=16)
+    started = time.monotonic()
+    failure = failure_of(lambda: list(stubs.personalization.Generate(hopeless, timeout=1.5)))
+    assert (failure.code.name, failure.reason) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+    assert time.monotonic() - started < 1.0
+    assert not busy(runtime)
+
+
+def test_tenant_and_deadline_reach_the_engine(stubs, runtime, monkeypatch):
+    seen, plain = [], runtime.engine.generate
+    monkeypatch.setattr(
+        runtime.engine, "generate", lambda *args, **rest: seen.append(rest) or plain(*args, **rest)
+    )
+    generate(stubs, steps=1)
+    list(batch(stubs, [item("a", steps=1), item("b", steps=1)]))
+    single, *several = seen
+    assert {rest["tenant"] for rest in seen} == {"local"}
+    left = [rest["deadline"] - time.monotonic() for rest in seen]
+    assert all(DEADLINE - 20 < seconds < DEADLINE + 1 for seconds in left), left  # gRPC rounds up
+    assert several[0]["deadline"] == several[1]["deadline"] != single["deadline"]
+
+
 # ---------------------------------------------------------------------------------------------- batch
 
 

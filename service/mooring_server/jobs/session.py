@@ -60,7 +60,9 @@ class Handle(Protocol[T_co]):
 class Submitter(Protocol):
     """The part of the engine that jobs use."""
 
-    def submit(self, steps: Generator[None, None, T], klass: TaskClass, name: str) -> Handle[T]:
+    def submit(
+        self, steps: Generator[None, None, T], klass: TaskClass, name: str, *, tenant: str = ""
+    ) -> Handle[T]:
         """Run a generator, one `next` per tick."""
 
 
@@ -172,7 +174,7 @@ class JobSession:
             StoppedError: the job was stopped before the generator ended.
             Exception: whatever the generator raised.
         """
-        handle = self._engine.submit(steps, klass, self.job.job_id)
+        handle = self._engine.submit(steps, klass, self.job.job_id, tenant=self.job.tenant)
         handle.add_done_callback(lambda _handle: self._news.set())
         with self._lock:
             self._handle = handle

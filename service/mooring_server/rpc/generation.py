@@ -16,6 +16,7 @@ from mooring_server.engine.policy import TaskClass
 from mooring_server.engine.requests import GenerationEvent, GenerationRequest, Progress
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import names
+from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Runtime
 
 MAX_PROMPT_CHARACTERS = 8192
@@ -103,20 +104,43 @@ def sampler_name(value: int) -> str:
     return known[value]
 
 
+def deadline_of(context: Context) -> float | None:
+    """When the caller gives up, on the clock of `time.monotonic`; None when it never does."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left
+
+
 async def draw(
-    runtime: Runtime, prepared: Prepared, klass: TaskClass = TaskClass.INTERACTIVE
+    runtime: Runtime,
+    prepared: Prepared,
+    klass: TaskClass = TaskClass.INTERACTIVE,
+    *,
+    tenant: str = "",
+    deadline: float | None = None,
 ) -> AsyncIterator[GenerationEvent]:
     """Run a prepared request; its events as they come.
 
     Closing the iterator, or cancelling the task that reads it, cancels the engine's task at its next tick.
 
+    Args:
+        runtime: the server's parts.
+        prepared: what to run.
+        klass: how urgent it is.
+        tenant: whose time is used.
+        deadline: see `deadline_of`.
+
     Raises:
-        MooringError: QUEUE_FULL, DRAINING, or what the engine's task failed with.
+        MooringError: QUEUE_FULL, DRAINING, DEADLINE_EXCEEDED, or what the engine's task failed with.
     """
     inbox = _Inbox()
     # Tokenizing for the engine's own check takes milliseconds: off the event loop with it.
     handle = await asyncio.to_thread(
-        runtime.engine.generate, prepared.request, inbox.post_from_thread, klass=klass
+        runtime.engine.generate,
+        prepared.request,
+        inbox.post_from_thread,
+        klass=klass,
+        tenant=tenant,
+        deadline=deadline,
     )
     handle.add_done_callback(inbox.end_from_thread)
     try:

@@ -68,10 +68,10 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         """See the contract."""
-        del context
-        runtime, watch = self._runtime(), Stopwatch.start()
-        prepared = await asyncio.to_thread(generation.prepare, runtime, caller.tenant(), request)
-        events = generation.draw(runtime, prepared)
+        runtime, watch, tenant = self._runtime(), Stopwatch.start(), caller.tenant()
+        deadline = generation.deadline_of(context)
+        prepared = await asyncio.to_thread(generation.prepare, runtime, tenant, request)
+        events = generation.draw(runtime, prepared, tenant=tenant, deadline=deadline)
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
@@ -103,6 +103,8 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         slows the caller. It writes by itself rather than yield, because results come from many tasks.
         """
         runtime, tenant = self._runtime(), caller.tenant()
+        # taken once: requests of one call then have equal deadlines and take turns
+        deadline = generation.deadline_of(context)
         room = asyncio.Semaphore(runtime.settings.max_batch_in_flight)
         writing = asyncio.Lock()
         unfinished: set[str] = set()
@@ -114,7 +116,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
 
         async def answer(request: pb.GenerateBatchRequest) -> None:
             try:
-                async for messages in _batch_results(runtime, tenant, request):
+                async for messages in _batch_results(runtime, tenant, request, deadline):
                     await write(messages)
             except MooringError as error:
                 failed = status.to_status(error)
@@ -141,7 +143,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
 
 
 async def _batch_results(
-    runtime: Runtime, tenant: str, message: pb.GenerateBatchRequest
+    runtime: Runtime, tenant: str, message: pb.GenerateBatchRequest, deadline: float | None
 ) -> AsyncIterator[list[pb.GenerateBatchResponse]]:
     watch = Stopwatch.start()
     prepared = await asyncio.to_thread(generation.prepare, runtime, tenant, message.request)
@@ -149,7 +151,7 @@ async def _batch_results(
     pause = 0.0
     while True:
         require_no_drain(runtime.gate)
-        events = generation.draw(runtime, prepared, TaskClass.BATCH)
+        events = generation.draw(runtime, prepared, TaskClass.BATCH, tenant=tenant, deadline=deadline)
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
