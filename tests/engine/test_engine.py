@@ -426,20 +426,22 @@ def test_a_tenant_that_floods_a_class_does_not_keep_another_out(start):
 
 def test_weights_divide_a_class_among_tenants(start):
     engine = start(tenant_weights={"big": 3.0})
-    stop, ticks = threading.Event(), {"big": 0, "small": 0}
+    stop, took = threading.Event(), {"big": [0.0], "small": [0.0]}
 
     def work(tenant):
         while not stop.is_set():
+            started = time.perf_counter()
             time.sleep(0.002)
-            ticks[tenant] += 1
+            took[tenant].append(time.perf_counter() - started)
             yield
 
-    handles = [engine.submit(work(name), TaskClass.BATCH, name, tenant=name) for name in ticks]
+    handles = [engine.submit(work(name), TaskClass.BATCH, name, tenant=name) for name in took]
     time.sleep(1.0)
     stop.set()
     for handle in handles:
         handle.result(WAIT)
-    assert 2.0 < ticks["big"] / ticks["small"] < 4.5
+    longest = max(max(seconds) for seconds in took.values())  # of a tick, on a busy machine
+    assert abs(sum(took["big"]) / 3 - sum(took["small"])) <= 2 * longest + 0.05
 
 
 def test_earlier_deadlines_are_served_first(start, gate):
@@ -478,17 +480,15 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_request_unstarted(start, g
 def test_a_request_whose_steps_cannot_be_done_in_time_is_refused_before_time_is_spent(start, base):
     engine = start()
     adapter = random_adapter(base, 1)
-    images(engine, adapter=adapter)  # three steps: their cost is known now
-    request = GenerationRequest(**{**REQUEST, "steps": 150}, adapter=adapter)
+    images(engine, adapter=adapter, count=4)  # three steps of four images: their cost is known now
+    request = GenerationRequest(**{**REQUEST, "steps": 150, "count": 16}, adapter=adapter)
     events = []
     ticks = engine.stats().ticks[TaskClass.INTERACTIVE]
-    # 150 steps take longer than this: a step of the tiny base is about 3 ms
-    deadline = time.monotonic() + 0.1
     with pytest.raises(MooringError, match="its steps take") as caught:
-        engine.generate(request, events.append, deadline=deadline).result(WAIT)
-    assert time.monotonic() < deadline
+        engine.generate(request, events.append, deadline=time.monotonic() + 1.0).result(WAIT)
     assert caught.value.reason is Reason.DEADLINE_EXCEEDED
-    assert float(caught.value.metadata["needed_seconds"]) > float(caught.value.metadata["left_seconds"])
+    needed, left = (float(caught.value.metadata[f"{name}_seconds"]) for name in ("needed", "left"))
+    assert needed > left > 0
     assert engine.stats().ticks[TaskClass.INTERACTIVE] == ticks
     assert images(engine, adapter=adapter)  # others go on
 

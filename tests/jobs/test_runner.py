@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from fakes import BASE_DIGEST, FakeTraining, chain, fake_certificate, real_engine, weights_of
 from mooring_server.engine.adapters import HEADER_KEY
+from mooring_server.engine.engine import Engine
 from mooring_server.errors import MooringError, Reason
 from mooring_server.jobs import runner as runner_module
 from mooring_server.jobs import session as session_module
@@ -101,6 +102,18 @@ def expected_digest(photos: list[bytes], steps: int = STEPS) -> str:
 
 def states(store: Store, job: Job) -> list[str]:
     return [e.payload["state"] for e in store.events("acme", job.job_id) if e.kind == "state"]
+
+
+def test_device_time_is_booked_to_the_jobs_tenant(store, training, photos, start, monkeypatch) -> None:
+    seen = []
+    plain = Engine.submit
+    monkeypatch.setattr(
+        Engine, "submit", lambda *args, **rest: seen.append(rest.get("tenant")) or plain(*args, **rest)
+    )
+    job = new_job(store)
+    start()
+    assert ended(store, job).state is JobState.SUCCEEDED
+    assert seen == ["acme"]
 
 
 def test_a_job_trains_and_publishes(store, objects, training, photos, start) -> None:
