@@ -99,7 +99,7 @@ class UnavailableError(MooringError):
 
 
 class DeadlineExceededError(MooringError):
-    """The call took longer than its timeout."""
+    """The call took longer than its timeout, or was refused early because it would."""
 
 
 class CancelledError(MooringError):
