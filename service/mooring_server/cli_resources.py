@@ -34,12 +34,12 @@ from mooring_server.cli_server import connect
 
 if TYPE_CHECKING:
     import mooring
-    from mooring.v1 import job_pb2
+    from mooring.v1 import adapter_pb2, job_pb2
 
 subjects = typer.Typer(
     help="The things to learn: a few photos, a class noun, a placeholder.", no_args_is_help=True
 )
-adapters = typer.Typer(help="What training yields: list, show, export, delete.", no_args_is_help=True)
+adapters = typer.Typer(help="What training yields: list, show, export, import, delete.", no_args_is_help=True)
 jobs = typer.Typer(help="Trainings and evaluations: list, show, watch, cancel.", no_args_is_help=True)
 
 SubjectArgument = Annotated[str, typer.Argument(metavar="SUBJECT", help="The subject's id.")]
@@ -279,15 +279,22 @@ def adapters_show(
         return
     out.print(f"[bold]{short(found.name)}[/]  {found.method}, rank {found.rank}, {found.size_bytes:,} bytes")
     placeholder = escape(found.placeholder)
-    out.print(
-        f"subject {short(found.subject)} ({escape(found.class_noun)}), in prompts [bold]{placeholder}[/]"
-    )
+    if found.HasField("source"):
+        out.print(
+            f"from    {_origin(found)}" + (f", in prompts [bold]{placeholder}[/]" if placeholder else "")
+        )
+    else:
+        out.print(
+            f"subject {short(found.subject)} ({escape(found.class_noun)}), in prompts [bold]{placeholder}[/]"
+        )
     out.print(f"digest  {found.digest}")
     out.print(f"base    {found.base_digest}")
     if found.HasField("drift"):
         d = found.drift
         budget = f", budget {found.drift_budget:.3f}" if found.HasField("drift_budget") else ""
         out.print(f"drift   {d.value:.4f} (95 % interval {d.low:.4f} to {d.high:.4f}{budget}), measured")
+    elif found.HasField("source"):
+        out.print(NOT_MEASURED.format(adapter=short(found.name)))
     certificate = found.certificate
     if certificate.layers:
         out.print(
@@ -351,6 +358,76 @@ def adapters_export(
         return
     for filename, data in files.items():
         out.print(f"{escape(str(directory / Path(filename).name))}  {len(data):,} bytes", soft_wrap=True)
+
+
+@adapters.command("import")
+def adapters_import(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Safetensors files, or the folder that a tool saved."),
+    ],
+    *,
+    adapter: Annotated[str, typer.Option("--id", metavar="ADAPTER", help="Adapter to publish a version of.")],
+    rights: Annotated[
+        Rights,
+        typer.Option(
+            metavar="BASIS",
+            help="By what right it may be used: owned, licensed, consent, public_domain.",
+        ),
+    ],
+    statement: Annotated[str, typer.Option(help="Free text for the record, such as where it is from.")] = "",
+    class_noun: Annotated[
+        str, typer.Option("--class", metavar="NOUN", help="What its subject is, in plain words.")
+    ] = "",
+    placeholder: Annotated[
+        str, typer.Option(metavar="WORD", help="Word of its learned embeddings. Default: the file's.")
+    ] = "",
+    server: ServerOption = "",
+    state_dir: StateDirOption = None,
+    base: BaseOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Publish an adapter that another tool made: diffusers, PEFT, kohya.
+
+    \b
+    mooring adapters import rex.safetensors --id rex --rights owned
+    mooring adapters import peft-folder/ --id rex --rights licensed --class dog
+    """
+    with errors_shown(), connect(server, state_dir, base=base) as client:
+        made = client.import_adapter(
+            adapter,
+            files,
+            rights=rights.value,
+            statement=statement,
+            class_noun=class_noun,
+            placeholder=placeholder,
+        )
+    if as_json:
+        print_json(message_dict(made))
+        return
+    out.print(
+        f"adapter [bold]{short(made.name)}[/]: {_origin(made)}, rank {made.rank}, "
+        f"{len(made.certificate.layers)} layers, σ_max {made.certificate.sigma_max:.4f}"
+        + (f", in prompts [bold]{escape(made.placeholder)}[/]" if made.placeholder else "")
+    )
+    out.print(NOT_MEASURED.format(adapter=short(made.name)), style="dim")
+
+
+NOT_MEASURED = "drift   not measured: mooring evaluate {adapter} --subject SUBJECT"
+"""Of an adapter that was not trained here."""
+
+
+def _origin(adapter: adapter_pb2.Adapter) -> str:
+    """Where an imported adapter came from, in a phrase."""
+    from mooring.types import enum_word
+    from mooring.v1 import adapter_pb2 as pb
+    from mooring.v1 import subject_pb2
+
+    source = adapter.source
+    kind = enum_word(pb.SourceFormat, source.format).replace("_", " ")
+    basis = enum_word(subject_pb2.RightsDeclaration.Basis, source.rights.basis).replace("_", " ")
+    files = escape(", ".join(source.filenames))
+    return f"{kind} file {files} ({basis} {escape(source.rights.statement)}".rstrip() + ")"
 
 
 @adapters.command("delete")

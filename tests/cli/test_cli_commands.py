@@ -320,6 +320,45 @@ def test_adapters_show_orders_the_certificate_by_size(server: ScriptedServer) ->
     assert found == ["unet.layer1", "unet.layer2"]
 
 
+def imported() -> adapter_pb2.Adapter:
+    adapter = adapter_pb2.Adapter(name="tenants/local/adapters/rex@1", method="imported", rank=8)
+    adapter.source.format = adapter_pb2.SOURCE_FORMAT_KOHYA
+    adapter.source.filenames.append("re[x].safetensors")
+    adapter.source.rights.basis = subject_pb2.RightsDeclaration.BASIS_PUBLIC_DOMAIN
+    adapter.certificate.sigma_max = 0.25
+    adapter.certificate.layers.add(layer="unet.a", sigma_max=0.25, relative=0.1)
+    return adapter
+
+
+def test_adapters_import_says_what_it_was_and_that_drift_is_not_known(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    def answer(messages: Any, _: Any) -> Any:
+        seen.extend(messages)
+        return adapter_pb2.ImportAdapterResponse(adapter=imported())
+
+    server.answers["ImportAdapter"] = answer
+    (tmp_path / "rex.safetensors").write_bytes(b"12345678")
+    arguments = ["adapters", "import", str(tmp_path / "rex.safetensors"), "--id", "rex", "--class", "dog"]
+    refused = run(server, *arguments)
+    assert refused.exit_code == 2, "rights are required"
+    assert not seen
+    result = run(server, *arguments, "--rights", "public_domain")
+    assert result.exit_code == 0, result.output
+    assert (seen[0].adapter.adapter_id, seen[0].adapter.class_noun) == ("rex", "dog")
+    assert (seen[1].file.filename, seen[2].chunk) == ("rex.safetensors", b"12345678")
+    said = " ".join(result.stdout.split())
+    assert "rex@1: kohya file re[x].safetensors (public domain), rank 8, 1 layers, σ_max 0.2500" in said
+    assert "not measured: mooring evaluate rex@1" in said
+    server.answers["GetAdapter"] = lambda _, __: adapter_pb2.GetAdapterResponse(adapter=imported())
+    shown = " ".join(run(server, "adapters", "show", "rex").stdout.split())
+    assert "from kohya file re[x].safetensors" in shown
+    assert "not measured" in shown
+    assert json.loads(run(server, *arguments, "--rights", "owned", "--json").stdout)["method"] == "imported"
+
+
 def test_empty_lists_say_how_to_begin(server: ScriptedServer) -> None:
     server.answers["ListAdapters"] = lambda _, __: adapter_pb2.ListAdaptersResponse()
     assert "mooring train --help" in run(server, "adapters", "list").stdout

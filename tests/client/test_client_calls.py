@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -354,6 +355,56 @@ async def test_export_returns_whole_files(server: ScriptedServer, call: Call) ->
 
     server.answers["ExportAdapter"] = answer
     assert await call("export_adapter", "rex", file_format="diffusers") == contents
+
+
+async def test_an_import_streams_its_files(server: ScriptedServer, call: Call, tmp_path: Path) -> None:
+    seen: list[adapter_pb2.ImportAdapterRequest] = []
+
+    def answer(messages: Any, _: Any) -> Any:
+        seen[:] = list(messages)
+        name = "tenants/local/adapters/rex@1"
+        return adapter_pb2.ImportAdapterResponse(adapter=adapter_pb2.Adapter(name=name))
+
+    server.answers["ImportAdapter"] = answer
+    data = b"x" * 300_000
+    (tmp_path / "adapter_model.safetensors").write_bytes(data)
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "README.md").write_bytes(b"not sent")
+    told = {"rights": "licensed", "statement": "contract 7", "class_noun": "dog", "placeholder": "<rex>"}
+    for files in (
+        tmp_path,  # a folder
+        str(tmp_path / "adapter_model.safetensors"),  # brings its settings along
+        [("adapter_config.json", b"{}"), ("adapter_model.safetensors", data)],
+    ):
+        made = await call("import_adapter", "rex", files, request_id="r", **told)
+        assert made.name == "tenants/local/adapters/rex@1"
+        first = seen[0].adapter
+        assert (first.adapter_id, first.class_noun, first.placeholder) == ("rex", "dog", "<rex>")
+        assert (first.rights.basis, first.rights.statement) == (2, "contract 7")
+        assert first.request_id == "r"
+        received: dict[str, bytes] = {}
+        for message in seen[1:]:
+            if message.HasField("file"):
+                current = message.file
+                received[current.filename] = b""
+            else:
+                assert 0 < len(message.chunk) <= 2**20
+                received[current.filename] += message.chunk
+        assert received == {"adapter_model.safetensors": data, "adapter_config.json": b"{}"}
+    assert current.sha256 in {hashlib.sha256(content).hexdigest() for content in received.values()}
+
+
+async def test_an_import_that_cannot_start_sends_nothing(
+    server: ScriptedServer, call: Call, tmp_path: Path
+) -> None:
+    for files, rights, says in (
+        (tmp_path / "none.safetensors", "owned", "cannot be read"),
+        (tmp_path, "owned", "holds no .safetensors file"),
+        ([("a", b"b")], "stolen", "stolen"),
+    ):
+        with pytest.raises(errors.InvalidArgumentError, match=says):
+            await call("import_adapter", "rex", files, rights=rights)
+    assert "ImportAdapter" not in server.calls
 
 
 async def test_a_cut_download_is_refused(server: ScriptedServer, call: Call) -> None:

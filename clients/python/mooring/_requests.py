@@ -11,7 +11,7 @@ import io
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mooring.errors import FieldViolation, InvalidArgumentError
 from mooring.v1 import (
@@ -27,6 +27,9 @@ from mooring.v1 import (
 CHUNK_BYTES = 256 * 1024
 Photo = Any
 """A path, bytes, (filename, bytes) or a `PIL.Image`."""
+AdapterFiles: TypeAlias = str | Path | Iterable[str | Path | tuple[str, bytes]]
+"""A file or folder, several of them, or (filename, bytes) pairs."""
+PEFT_CONFIG = "adapter_config.json"
 
 
 def new_request_id() -> str:
@@ -132,11 +135,7 @@ def upload_messages(
     """The stream of an upload: the subject, then each file's header and chunks."""
     yield subject_pb2.UploadPhotosRequest(subject=resource_name("subjects", subject))
     for filename, data in files:
-        yield subject_pb2.UploadPhotosRequest(
-            file=media_pb2.FileHeader(
-                filename=filename, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
-            )
-        )
+        yield subject_pb2.UploadPhotosRequest(file=header_of(filename, data))
         for start in range(0, len(data), CHUNK_BYTES):
             yield subject_pb2.UploadPhotosRequest(chunk=data[start : start + CHUNK_BYTES])
 
@@ -237,6 +236,87 @@ def export_adapter(adapter: Any, *, file_format: str = "") -> adapter_pb2.Export
     return adapter_pb2.ExportAdapterRequest(
         name=resource_name("adapters", adapter),
         format=enum_value(adapter_pb2.AdapterFormat, file_format, "format"),
+    )
+
+
+def import_messages(
+    adapter_id: str,
+    files: Sequence[tuple[str, bytes]],
+    *,
+    rights: str,
+    statement: str = "",
+    class_noun: str = "",
+    placeholder: str = "",
+    request_id: str = "",
+) -> Iterator[adapter_pb2.ImportAdapterRequest]:
+    """The stream of an import: what the files are, then each file's header and chunks.
+
+    Raises:
+        InvalidArgumentError: `rights` is an unknown word; at once, not when the stream is read.
+    """
+    basis = enum_value(subject_pb2.RightsDeclaration.Basis, rights, "adapter.rights.basis")
+    first = adapter_pb2.AdapterImport(
+        adapter_id=adapter_id,
+        rights=subject_pb2.RightsDeclaration(basis=basis, statement=statement),
+        class_noun=class_noun,
+        placeholder=placeholder,
+        request_id=request_id or new_request_id(),
+    )
+
+    def messages() -> Iterator[adapter_pb2.ImportAdapterRequest]:
+        yield adapter_pb2.ImportAdapterRequest(adapter=first)
+        for filename, data in files:
+            yield adapter_pb2.ImportAdapterRequest(file=header_of(filename, data))
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield adapter_pb2.ImportAdapterRequest(chunk=data[start : start + CHUNK_BYTES])
+
+    return messages()
+
+
+def read_adapter_files(files: AdapterFiles) -> list[tuple[str, bytes]]:
+    """Names and bytes of an adapter's files.
+
+    Args:
+        files: a path or several, or (filename, bytes) pairs. A folder stands for its .safetensors files and
+            `adapter_config.json`; PEFT's `adapter_model.safetensors` brings the latter along.
+
+    Raises:
+        InvalidArgumentError: a path cannot be read, or a folder holds no such file.
+    """
+    given_files = [files] if isinstance(files, str | Path) else list(files)
+    found: dict[str, bytes] = {}
+    for item in given_files:
+        if isinstance(item, tuple):
+            found[item[0]] = item[1]
+            continue
+        path = Path(item)
+        paths = [path]
+        if path.is_dir():
+            paths = sorted([*path.glob("*.safetensors"), *path.glob(PEFT_CONFIG)])
+        elif path.name == "adapter_model.safetensors" and (path.parent / PEFT_CONFIG).is_file():
+            paths.append(path.parent / PEFT_CONFIG)
+        try:
+            found |= {each.name: each.read_bytes() for each in paths}
+        except OSError as error:
+            raise _unreadable(f"{path} cannot be read: {error.strerror or error}.") from error
+        if not paths:
+            raise _unreadable(f"{path} holds no .safetensors file.")
+    return list(found.items())
+
+
+def header_of(filename: str, data: bytes) -> media_pb2.FileHeader:
+    """Announce a file."""
+    return media_pb2.FileHeader(
+        filename=filename, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+    )
+
+
+def _unreadable(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        message,
+        reason="INVALID_FIELD",
+        remedy="Name .safetensors files, or a folder of them.",
+        fields=[FieldViolation("files", message)],
     )
 
 

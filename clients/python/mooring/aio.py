@@ -18,7 +18,7 @@ import grpc.aio
 
 from mooring import _requests, errors
 from mooring._channel import channel_options
-from mooring._requests import Photo, resource_name
+from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded, translated
 from mooring.types import (
@@ -271,6 +271,20 @@ class Client:
         """An adapter version as files, bytes by file name."""
         request = _requests.export_adapter(adapter, file_format=file_format)
         return await self._files(self._adapters.ExportAdapter(request))
+
+    async def import_adapter(
+        self,
+        adapter_id: str,
+        files: AdapterFiles,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - gRPC deadline
+        **arguments: Any,
+    ) -> adapter_pb2.Adapter:
+        """Publish an adapter that another tool made (diffusers, PEFT, kohya, textual inversion)."""
+        read = await asyncio.to_thread(_requests.read_adapter_files, files)
+        messages = _requests.import_messages(adapter_id, read, **arguments)
+        with translated():
+            return (await self._adapters.ImportAdapter(messages, timeout=timeout)).adapter
 
     # -- shared ---------------------------------------------------------------------------------------------
 

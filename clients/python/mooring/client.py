@@ -12,7 +12,7 @@ import grpc
 
 from mooring import _requests, errors
 from mooring._channel import channel_options
-from mooring._requests import Photo, resource_name
+from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.types import (
     BatchDone,
@@ -499,6 +499,49 @@ class Client:
         """
         request = _requests.export_adapter(adapter, file_format=file_format)
         return self._files(self._adapters.ExportAdapter(request))
+
+    def import_adapter(
+        self,
+        adapter_id: str,
+        files: AdapterFiles,
+        *,
+        rights: str,
+        statement: str = "",
+        class_noun: str = "",
+        placeholder: str = "",
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> adapter_pb2.Adapter:
+        """Publish an adapter that another tool made (diffusers, PEFT, kohya, textual inversion).
+
+        Args:
+            adapter_id: the adapter to publish a version of.
+            files: a safetensors file or a folder, several of them, or (filename, bytes) pairs.
+            rights: by what right it may be used: "owned", "licensed", "consent" or "public_domain".
+            statement: free text for the record, such as where it came from.
+            class_noun: what its subject is an instance of.
+            placeholder: the word of its learned embeddings, or of its subject; "" is what the files say.
+            request_id: UUID that makes the call safe to repeat; "" makes a new one.
+            timeout: seconds the import may take; None for no limit.
+
+        Raises:
+            InvalidArgumentError: a tensor fits no layer of the server's base, or the file is of a kind that
+                cannot be used; the message names it and nothing was stored.
+        """
+        messages = _requests.import_messages(
+            adapter_id,
+            _requests.read_adapter_files(files),
+            rights=rights,
+            statement=statement,
+            class_noun=class_noun,
+            placeholder=placeholder,
+            request_id=request_id,
+        )
+        with translated():
+            response: adapter_pb2.ImportAdapterResponse = self._adapters.ImportAdapter(
+                messages, timeout=timeout
+            )
+        return response.adapter
 
     # -- shared ---------------------------------------------------------------------------------------------
 

@@ -70,7 +70,8 @@ class EvaluateJob:
         config = EvaluationConfig.from_json(
             self._defaults
             | {
-                "class_noun": subject.class_noun if row is None else row.class_noun,
+                "class_noun": (row.class_noun if row else "")
+                or subject.class_noun,  # an import may have none
                 "placeholder": "" if row is None else row.placeholder,
                 "budget": None if row is None else row.summary.get("budget"),
             }

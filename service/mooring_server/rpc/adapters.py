@@ -6,14 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from mooring.v1 import adapter_pb2 as pb
-from mooring.v1 import adapter_pb2_grpc
+from mooring.v1 import adapter_pb2_grpc, media_pb2
 
-from mooring_server.engine.adapters import export_diffusers, to_safetensors
+from mooring_server.engine.adapters import export_diffusers, to_safetensors, too_large
+from mooring_server.engine.formats import MAX_FILES
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.jobs import subjects as lifecycle
+from mooring_server.jobs.imports import ImportRequest, import_adapter
 from mooring_server.rpc import caller, convert, names, transfer
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Provide, Runtime
+from mooring_server.rpc.transfer import IncomingFile
+from mooring_server.storage.database import check_text
 
 
 class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
@@ -25,6 +29,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
 
     def __init__(self, runtime: Provide) -> None:
         self._runtime = runtime
+        self._importing = asyncio.Lock()  # one conversion at a time: each holds its file several times over
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """See the contract."""
@@ -79,6 +84,128 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
             yield pb.ExportAdapterResponse(file=transfer.header_of(filename, data))
             for chunk in transfer.chunks(data):
                 yield pb.ExportAdapterResponse(chunk=chunk)
+
+    async def ImportAdapter(
+        self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
+    ) -> pb.ImportAdapterResponse:
+        """See the contract."""
+        del context
+        runtime = self._runtime()
+        tenant, wanted = "", None
+        files = _IncomingFiles(runtime.settings.max_adapter_bytes)
+        async for message in request_iterator:
+            kind = message.WhichOneof("content")
+            if kind == "adapter":
+                if wanted is not None:
+                    raise _protocol("adapter", "comes once, in the first message")
+                tenant = names.check_parent(caller.tenant(), message.adapter.parent, "adapter.parent")
+                wanted = _wanted(message.adapter)
+            elif wanted is None:
+                raise _protocol("adapter", "must be in the first message")
+            elif kind == "file":
+                files.start(message.file)
+            elif kind == "chunk":
+                files.add(message.chunk)
+            else:
+                raise _protocol("content", "must be a file header, or a chunk after one")
+        if wanted is None:
+            raise _protocol("adapter", "must be in the first message")
+        received = files.finish()
+        async with self._importing:
+            record = await asyncio.to_thread(
+                import_adapter,
+                runtime.store,
+                runtime.objects,
+                runtime.bank,
+                tenant,
+                wanted,
+                received,
+                max_bytes=runtime.settings.max_adapter_bytes,
+            )
+        return pb.ImportAdapterResponse(adapter=convert.adapter(record, layers=True))
+
+
+class _IncomingFiles:
+    """The files of an import, refused as soon as they are too many or announce too much.
+
+    Args:
+        max_bytes: of all files together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._announced = 0
+        self._count = 0
+        self._file: IncomingFile | None = None
+        self._files: dict[str, bytes] = {}
+
+    def start(self, header: media_pb2.FileHeader) -> None:
+        """Begin the next file. Raises INVALID_FIELD, ADAPTER_TOO_LARGE, or what ails the one before."""
+        self._close()
+        if self._count == MAX_FILES:
+            raise _protocol("files", f"holds more than {MAX_FILES} files")
+        self._file = IncomingFile(header, self._count, self._max_bytes)
+        self._count += 1
+        self._announced += header.size_bytes
+        if self._announced > self._max_bytes:
+            raise too_large(self._announced, self._max_bytes)
+
+    def add(self, chunk: bytes) -> None:
+        """Take the next bytes of the current file."""
+        if self._file is None:
+            raise _protocol("content", "must be a file header, or a chunk after one")
+        self._file.add(chunk)
+
+    def finish(self) -> dict[str, bytes]:
+        """Name → content. Raises INVALID_FIELD without any file, DIGEST_MISMATCH."""
+        self._close()
+        if not self._files:
+            raise _protocol("files", "at least one is required")
+        return self._files
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        name = self._file.header.filename.replace("\\", "/").rpartition("/")[2]
+        field = f"files[{self._file.index}].filename"
+        if not name or name in self._files:
+            raise _protocol(field, "must be a name of its own")
+        check_text(field, name, limit=255)
+        self._files[name] = self._file.finish()
+        self._file = None
+
+
+def _wanted(declared: pb.AdapterImport) -> ImportRequest:
+    problems = []
+    if len(declared.class_noun) > 64:
+        problems.append(FieldViolation("adapter.class_noun", "must have at most 64 characters"))
+    if len(declared.placeholder) > 32 or declared.placeholder != "".join(declared.placeholder.split()):
+        problems.append(
+            FieldViolation("adapter.placeholder", "must have at most 32 characters and no blanks")
+        )
+    if problems:
+        text = "; ".join(f"{problem.field} {problem.description}" for problem in problems)
+        raise MooringError(Reason.INVALID_FIELD, f"{text}.", fields=problems)
+    check_text("adapter.class_noun", declared.class_noun, limit=64)
+    rights = convert.rights_document(declared.rights, "adapter.rights")
+    if rights:
+        check_text("adapter.rights.statement", rights["statement"], limit=1000)
+    return ImportRequest(
+        adapter_id=names.check_id(declared.adapter_id, "adapter.adapter_id"),
+        rights=rights,
+        class_noun=declared.class_noun.strip(),
+        placeholder=declared.placeholder,
+        request_id=declared.request_id,
+    )
+
+
+def _protocol(field: str, problem: str) -> MooringError:
+    return MooringError(
+        Reason.INVALID_FIELD,
+        f"The import stream is out of order: {field} {problem}.",
+        remedy="Send what the files are, then for each file its header and its chunks.",
+        fields=[FieldViolation(field, problem)],
+    )
 
 
 def _files(runtime: Runtime, where: names.Resolved, form: int) -> dict[str, bytes]:

@@ -64,6 +64,32 @@ def rights(document: Document) -> subject_pb2.RightsDeclaration:
     )
 
 
+def rights_document(declared: subject_pb2.RightsDeclaration, field: str) -> Document:
+    """The declaration to keep; empty when there is none.
+
+    Args:
+        declared: as received.
+        field: its path in the request.
+
+    Raises:
+        MooringError: INVALID_FIELD for a statement that is too long.
+    """
+    known = subject_pb2.RightsDeclaration.Basis
+    if declared.basis == known.BASIS_UNSPECIFIED or declared.basis not in known.values():
+        return {}
+    if len(declared.statement) > 1000:
+        problem = f"has {len(declared.statement)} characters; at most 1,000 are kept"
+        raise MooringError(
+            Reason.INVALID_FIELD,
+            f"The rights statement {problem}.",
+            fields=[FieldViolation(f"{field}.statement", problem)],
+        )
+    return {
+        "basis": known.Name(declared.basis).removeprefix("BASIS_").lower(),
+        "statement": declared.statement,
+    }
+
+
 def photo(record: Photo) -> subject_pb2.Photo:
     """A stored photo's description."""
     return subject_pb2.Photo(
@@ -96,6 +122,16 @@ def adapter(record: Adapter, *, layers: bool) -> adapter_pb2.Adapter:
         drift_budget=record.summary.get("budget"),
         create_time=timestamp(record.create_time),
     )
+    source = record.summary.get("source")
+    if source is not None:
+        made.source.CopyFrom(
+            adapter_pb2.ImportSource(
+                format=adapter_pb2.SourceFormat.Value(f"SOURCE_FORMAT_{source['format'].upper()}"),
+                digest=source["digest"],
+                filenames=source["files"],
+                rights=rights(record.rights),
+            )
+        )
     if record.certificate:
         made.certificate.CopyFrom(certificate(record.certificate, layers=layers))
         if made.certificate.HasField("drift"):

@@ -16,8 +16,6 @@ from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Provide
 from mooring_server.rpc.transfer import IncomingFile
 
-_Basis = pb.RightsDeclaration.Basis
-
 
 class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
     """Subjects and their photos over the store.
@@ -47,7 +45,7 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
             display_name=wanted.display_name or subject_id,
             class_noun=wanted.class_noun,
             placeholder=placeholder,
-            rights=_rights(wanted.rights),
+            rights=convert.rights_document(wanted.rights, "subject.rights"),
             request_id=request.request_id,
         )
         return pb.CreateSubjectResponse(subject=convert.subject(record))
@@ -148,21 +146,6 @@ async def _finish(upload: PhotoUpload, file: IncomingFile | None) -> None:
     else:
         # Decoding a photo takes tens of milliseconds.
         await asyncio.to_thread(upload.add, file.header.filename, data)
-
-
-def _rights(declared: pb.RightsDeclaration) -> dict[str, str]:
-    """The declaration to keep; empty when there is none, which the store refuses."""
-    if declared.basis == _Basis.BASIS_UNSPECIFIED or declared.basis not in _Basis.values():
-        return {}
-    if len(declared.statement) > 1000:
-        problem = f"has {len(declared.statement)} characters; at most 1,000 are kept"
-        raise MooringError(
-            Reason.INVALID_FIELD,
-            f"The rights statement {problem}.",
-            fields=[FieldViolation("subject.rights.statement", problem)],
-        )
-    basis = _Basis.Name(declared.basis).removeprefix("BASIS_").lower()
-    return {"basis": basis, "statement": declared.statement}
 
 
 def _check_words(class_noun: str, placeholder: str) -> None:

@@ -68,7 +68,7 @@ class Adapters(Jobs):
             MooringError: REQUEST_ID_REUSED.
         """
         with self.writing() as connection:
-            payload = [adapter_id, digest, base_digest]
+            payload = [adapter_id, digest, base_digest, class_noun, placeholder, rights]
             made_before = self.replayed(
                 connection, tenant, "ImportAdapter", request_id, payload=payload, resource=object_key
             )

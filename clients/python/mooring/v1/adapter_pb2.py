@@ -26,9 +26,10 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mooring.v1 import media_pb2 as mooring_dot_v1_dot_media__pb2
+from mooring.v1 import subject_pb2 as mooring_dot_v1_dot_subject__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mooring/v1/adapter.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16mooring/v1/media.proto\"\xd5\x04\n\x07\x41\x64\x61pter\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x15\n\x07version\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x07subject\x18\x07 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12%\n\x03job\x18\x08 \x01(\tB\x18\xe2\x41\x01\x03\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x19\n\x0bplaceholder\x18\t \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nclass_noun\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06method\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x0c \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x32\n\x0b\x63\x65rtificate\x18\x0e \x01(\x0b\x32\x17.mooring.v1.CertificateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:Z\xea\x41W\n\x13mooring.dev/Adapter\x12-tenants/{tenant}/adapters/{adapter}@{version}*\x08\x61\x64\x61pters2\x07\x61\x64\x61pterB\x0f\n\r_drift_budget\"\x86\x02\n\x05\x44rift\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x11\n\x03low\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04high\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cprobe_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eguidance_scale\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x07generic\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x1d\n\nclass_noun\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x01\x88\x01\x01\x12\x14\n\x06points\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\n\n\x08_genericB\r\n\x0b_class_noun\"\x84\x05\n\x0b\x43\x65rtificate\x12\x1c\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x03 \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0crelative_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x33\n\x06layers\x18\x06 \x03(\x0b\x32\x1d.mooring.v1.Certificate.LayerB\x04\xe2\x41\x01\x03\x12;\n\nattentions\x18\x07 \x03(\x0b\x32!.mooring.v1.Certificate.AttentionB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x1a\xb1\x01\n\x05Layer\x12\x13\n\x05layer\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x17\n\tfrobenius\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0bstable_rank\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x62\x61se_sigma_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1b\n\x08relative\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x42\x0b\n\t_relative\x1aV\n\tAttention\x12\x17\n\tattention\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x08head_dim\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nlogit_gain\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\x0f\n\r_drift_budget\"?\n\x11GetAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.mooring.v1.Adapter\"v\n\x13ListAdaptersRequest\x12,\n\x06parent\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\x12\x13mooring.dev/Adapter\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.mooring.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x14\x44\x65leteAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\"\x17\n\x15\x44\x65leteAdapterResponse\"s\n\x14\x45xportAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\x12/\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.mooring.v1.AdapterFormatB\x04\xe2\x41\x01\x01\"[\n\x15\x45xportAdapterResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent*h\n\rAdapterFormat\x12\x1e\n\x1a\x41\x44\x41PTER_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_FORMAT_NATIVE\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_FORMAT_DIFFUSERS\x10\x02\x32\xde\x02\n\x0e\x41\x64\x61pterService\x12K\n\nGetAdapter\x12\x1d.mooring.v1.GetAdapterRequest\x1a\x1e.mooring.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.mooring.v1.ListAdaptersRequest\x1a .mooring.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .mooring.v1.DeleteAdapterRequest\x1a!.mooring.v1.DeleteAdapterResponse\x12V\n\rExportAdapter\x12 .mooring.v1.ExportAdapterRequest\x1a!.mooring.v1.ExportAdapterResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18mooring/v1/adapter.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16mooring/v1/media.proto\x1a\x18mooring/v1/subject.proto\"\x85\x05\n\x07\x41\x64\x61pter\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x15\n\x07version\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x03 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x05 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x06 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12-\n\x07subject\x18\x07 \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Subject\x12%\n\x03job\x18\x08 \x01(\tB\x18\xe2\x41\x01\x03\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x19\n\x0bplaceholder\x18\t \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nclass_noun\x18\n \x01(\tB\x04\xe2\x41\x01\x03\x12\x14\n\x06method\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x0c \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\r \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x32\n\x0b\x63\x65rtificate\x18\x0e \x01(\x0b\x32\x17.mooring.v1.CertificateB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12.\n\x06source\x18\x10 \x01(\x0b\x32\x18.mooring.v1.ImportSourceB\x04\xe2\x41\x01\x03:Z\xea\x41W\n\x13mooring.dev/Adapter\x12-tenants/{tenant}/adapters/{adapter}@{version}*\x08\x61\x64\x61pters2\x07\x61\x64\x61pterB\x0f\n\r_drift_budget\"\xa2\x01\n\x0cImportSource\x12.\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.mooring.v1.SourceFormatB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tfilenames\x18\x03 \x03(\tB\x04\xe2\x41\x01\x03\x12\x33\n\x06rights\x18\x04 \x01(\x0b\x32\x1d.mooring.v1.RightsDeclarationB\x04\xe2\x41\x01\x03\"\x86\x02\n\x05\x44rift\x12\x13\n\x05value\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x11\n\x03low\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x12\n\x04high\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0cprobe_digest\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\x12\x1c\n\x0eguidance_scale\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x07generic\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x1d\n\nclass_noun\x18\x07 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x01\x88\x01\x01\x12\x14\n\x06points\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\n\n\x08_genericB\r\n\x0b_class_noun\"\x84\x05\n\x0b\x43\x65rtificate\x12\x1c\n\x0e\x61\x64\x61pter_digest\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x62\x61se_digest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12&\n\x05\x64rift\x18\x03 \x01(\x0b\x32\x11.mooring.v1.DriftB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1a\n\x0crelative_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x33\n\x06layers\x18\x06 \x03(\x0b\x32\x1d.mooring.v1.Certificate.LayerB\x04\xe2\x41\x01\x03\x12;\n\nattentions\x18\x07 \x03(\x0b\x32!.mooring.v1.Certificate.AttentionB\x04\xe2\x41\x01\x03\x12\x12\n\x04rank\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x1b\n\radapter_scale\x18\t \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1f\n\x0c\x64rift_budget\x18\n \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x1a\xb1\x01\n\x05Layer\x12\x13\n\x05layer\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x17\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x17\n\tfrobenius\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x19\n\x0bstable_rank\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x62\x61se_sigma_max\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1b\n\x08relative\x18\x06 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x42\x0b\n\t_relative\x1aV\n\tAttention\x12\x17\n\tattention\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x16\n\x08head_dim\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x18\n\nlogit_gain\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03\x42\x0f\n\r_drift_budget\"?\n\x11GetAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.mooring.v1.Adapter\"v\n\x13ListAdaptersRequest\x12,\n\x06parent\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\x12\x13mooring.dev/Adapter\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.mooring.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"B\n\x14\x44\x65leteAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\"\x17\n\x15\x44\x65leteAdapterResponse\"s\n\x14\x45xportAdapterRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13mooring.dev/Adapter\x12/\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x19.mooring.v1.AdapterFormatB\x04\xe2\x41\x01\x01\"[\n\x15\x45xportAdapterResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\x88\x01\n\x14ImportAdapterRequest\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x19.mooring.v1.AdapterImportH\x00\x12&\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x03 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\xdb\x01\n\rAdapterImport\x12,\n\x06parent\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\x12\x13mooring.dev/Adapter\x12\x18\n\nadapter_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x33\n\x06rights\x18\x03 \x01(\x0b\x32\x1d.mooring.v1.RightsDeclarationB\x04\xe2\x41\x01\x02\x12\x18\n\nclass_noun\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\x12\x19\n\x0bplaceholder\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x06 \x01(\tB\x04\xe2\x41\x01\x01\"=\n\x15ImportAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.mooring.v1.Adapter*\xba\x01\n\x0cSourceFormat\x12\x1d\n\x19SOURCE_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14SOURCE_FORMAT_NATIVE\x10\x01\x12\x1b\n\x17SOURCE_FORMAT_DIFFUSERS\x10\x02\x12\x16\n\x12SOURCE_FORMAT_PEFT\x10\x03\x12\x17\n\x13SOURCE_FORMAT_KOHYA\x10\x04\x12#\n\x1fSOURCE_FORMAT_TEXTUAL_INVERSION\x10\x05*h\n\rAdapterFormat\x12\x1e\n\x1a\x41\x44\x41PTER_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_FORMAT_NATIVE\x10\x01\x12\x1c\n\x18\x41\x44\x41PTER_FORMAT_DIFFUSERS\x10\x02\x32\xb6\x03\n\x0e\x41\x64\x61pterService\x12K\n\nGetAdapter\x12\x1d.mooring.v1.GetAdapterRequest\x1a\x1e.mooring.v1.GetAdapterResponse\x12Q\n\x0cListAdapters\x12\x1f.mooring.v1.ListAdaptersRequest\x1a .mooring.v1.ListAdaptersResponse\x12T\n\rDeleteAdapter\x12 .mooring.v1.DeleteAdapterRequest\x1a!.mooring.v1.DeleteAdapterResponse\x12V\n\rExportAdapter\x12 .mooring.v1.ExportAdapterRequest\x1a!.mooring.v1.ExportAdapterResponse0\x01\x12V\n\rImportAdapter\x12 .mooring.v1.ImportAdapterRequest\x1a!.mooring.v1.ImportAdapterResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -65,8 +66,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADAPTER'].fields_by_name['certificate']._serialized_options = b'\342A\001\003'
   _globals['_ADAPTER'].fields_by_name['create_time']._loaded_options = None
   _globals['_ADAPTER'].fields_by_name['create_time']._serialized_options = b'\342A\001\003'
+  _globals['_ADAPTER'].fields_by_name['source']._loaded_options = None
+  _globals['_ADAPTER'].fields_by_name['source']._serialized_options = b'\342A\001\003'
   _globals['_ADAPTER']._loaded_options = None
   _globals['_ADAPTER']._serialized_options = b'\352AW\n\023mooring.dev/Adapter\022-tenants/{tenant}/adapters/{adapter}@{version}*\010adapters2\007adapter'
+  _globals['_IMPORTSOURCE'].fields_by_name['format']._loaded_options = None
+  _globals['_IMPORTSOURCE'].fields_by_name['format']._serialized_options = b'\342A\001\003'
+  _globals['_IMPORTSOURCE'].fields_by_name['digest']._loaded_options = None
+  _globals['_IMPORTSOURCE'].fields_by_name['digest']._serialized_options = b'\342A\001\003'
+  _globals['_IMPORTSOURCE'].fields_by_name['filenames']._loaded_options = None
+  _globals['_IMPORTSOURCE'].fields_by_name['filenames']._serialized_options = b'\342A\001\003'
+  _globals['_IMPORTSOURCE'].fields_by_name['rights']._loaded_options = None
+  _globals['_IMPORTSOURCE'].fields_by_name['rights']._serialized_options = b'\342A\001\003'
   _globals['_DRIFT'].fields_by_name['value']._loaded_options = None
   _globals['_DRIFT'].fields_by_name['value']._serialized_options = b'\342A\001\003'
   _globals['_DRIFT'].fields_by_name['low']._loaded_options = None
@@ -137,34 +148,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023mooring.dev/Adapter'
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['format']._loaded_options = None
   _globals['_EXPORTADAPTERREQUEST'].fields_by_name['format']._serialized_options = b'\342A\001\001'
-  _globals['_ADAPTERFORMAT']._serialized_start=2305
-  _globals['_ADAPTERFORMAT']._serialized_end=2409
-  _globals['_ADAPTER']._serialized_start=158
-  _globals['_ADAPTER']._serialized_end=755
-  _globals['_DRIFT']._serialized_start=758
-  _globals['_DRIFT']._serialized_end=1020
-  _globals['_CERTIFICATE']._serialized_start=1023
-  _globals['_CERTIFICATE']._serialized_end=1667
-  _globals['_CERTIFICATE_LAYER']._serialized_start=1385
-  _globals['_CERTIFICATE_LAYER']._serialized_end=1562
-  _globals['_CERTIFICATE_ATTENTION']._serialized_start=1564
-  _globals['_CERTIFICATE_ATTENTION']._serialized_end=1650
-  _globals['_GETADAPTERREQUEST']._serialized_start=1669
-  _globals['_GETADAPTERREQUEST']._serialized_end=1732
-  _globals['_GETADAPTERRESPONSE']._serialized_start=1734
-  _globals['_GETADAPTERRESPONSE']._serialized_end=1792
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1794
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1912
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1914
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2000
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=2002
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=2068
-  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2070
-  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2093
-  _globals['_EXPORTADAPTERREQUEST']._serialized_start=2095
-  _globals['_EXPORTADAPTERREQUEST']._serialized_end=2210
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=2212
-  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=2303
-  _globals['_ADAPTERSERVICE']._serialized_start=2412
-  _globals['_ADAPTERSERVICE']._serialized_end=2762
+  _globals['_ADAPTERIMPORT'].fields_by_name['parent']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['parent']._serialized_options = b'\342A\001\001\372A\025\022\023mooring.dev/Adapter'
+  _globals['_ADAPTERIMPORT'].fields_by_name['adapter_id']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['adapter_id']._serialized_options = b'\342A\001\002'
+  _globals['_ADAPTERIMPORT'].fields_by_name['rights']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['rights']._serialized_options = b'\342A\001\002'
+  _globals['_ADAPTERIMPORT'].fields_by_name['class_noun']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['class_noun']._serialized_options = b'\342A\001\001'
+  _globals['_ADAPTERIMPORT'].fields_by_name['placeholder']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['placeholder']._serialized_options = b'\342A\001\001'
+  _globals['_ADAPTERIMPORT'].fields_by_name['request_id']._loaded_options = None
+  _globals['_ADAPTERIMPORT'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
+  _globals['_SOURCEFORMAT']._serialized_start=2969
+  _globals['_SOURCEFORMAT']._serialized_end=3155
+  _globals['_ADAPTERFORMAT']._serialized_start=3157
+  _globals['_ADAPTERFORMAT']._serialized_end=3261
+  _globals['_ADAPTER']._serialized_start=184
+  _globals['_ADAPTER']._serialized_end=829
+  _globals['_IMPORTSOURCE']._serialized_start=832
+  _globals['_IMPORTSOURCE']._serialized_end=994
+  _globals['_DRIFT']._serialized_start=997
+  _globals['_DRIFT']._serialized_end=1259
+  _globals['_CERTIFICATE']._serialized_start=1262
+  _globals['_CERTIFICATE']._serialized_end=1906
+  _globals['_CERTIFICATE_LAYER']._serialized_start=1624
+  _globals['_CERTIFICATE_LAYER']._serialized_end=1801
+  _globals['_CERTIFICATE_ATTENTION']._serialized_start=1803
+  _globals['_CERTIFICATE_ATTENTION']._serialized_end=1889
+  _globals['_GETADAPTERREQUEST']._serialized_start=1908
+  _globals['_GETADAPTERREQUEST']._serialized_end=1971
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1973
+  _globals['_GETADAPTERRESPONSE']._serialized_end=2031
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=2033
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=2151
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2153
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2239
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2241
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2307
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2309
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2332
+  _globals['_EXPORTADAPTERREQUEST']._serialized_start=2334
+  _globals['_EXPORTADAPTERREQUEST']._serialized_end=2449
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_start=2451
+  _globals['_EXPORTADAPTERRESPONSE']._serialized_end=2542
+  _globals['_IMPORTADAPTERREQUEST']._serialized_start=2545
+  _globals['_IMPORTADAPTERREQUEST']._serialized_end=2681
+  _globals['_ADAPTERIMPORT']._serialized_start=2684
+  _globals['_ADAPTERIMPORT']._serialized_end=2903
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_start=2905
+  _globals['_IMPORTADAPTERRESPONSE']._serialized_end=2966
+  _globals['_ADAPTERSERVICE']._serialized_start=3264
+  _globals['_ADAPTERSERVICE']._serialized_end=3702
 # @@protoc_insertion_point(module_scope)

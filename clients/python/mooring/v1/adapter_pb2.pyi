@@ -10,6 +10,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mooring.v1 import media_pb2 as _media_pb2
+from mooring.v1 import subject_pb2 as _subject_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _SourceFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SourceFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SourceFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SOURCE_FORMAT_UNSPECIFIED: _SourceFormat.ValueType  # 0
+    """Not known."""
+    SOURCE_FORMAT_NATIVE: _SourceFormat.ValueType  # 1
+    """Mooring's own safetensors file."""
+    SOURCE_FORMAT_DIFFUSERS: _SourceFormat.ValueType  # 2
+    """diffusers' `save_lora_weights`."""
+    SOURCE_FORMAT_PEFT: _SourceFormat.ValueType  # 3
+    """PEFT's `save_pretrained`."""
+    SOURCE_FORMAT_KOHYA: _SourceFormat.ValueType  # 4
+    """kohya's sd-scripts and the tools that follow them."""
+    SOURCE_FORMAT_TEXTUAL_INVERSION: _SourceFormat.ValueType  # 5
+    """Learned token embeddings alone."""
+
+class SourceFormat(_SourceFormat, metaclass=_SourceFormatEnumTypeWrapper):
+    """File formats of an imported adapter."""
+
+SOURCE_FORMAT_UNSPECIFIED: SourceFormat.ValueType  # 0
+"""Not known."""
+SOURCE_FORMAT_NATIVE: SourceFormat.ValueType  # 1
+"""Mooring's own safetensors file."""
+SOURCE_FORMAT_DIFFUSERS: SourceFormat.ValueType  # 2
+"""diffusers' `save_lora_weights`."""
+SOURCE_FORMAT_PEFT: SourceFormat.ValueType  # 3
+"""PEFT's `save_pretrained`."""
+SOURCE_FORMAT_KOHYA: SourceFormat.ValueType  # 4
+"""kohya's sd-scripts and the tools that follow them."""
+SOURCE_FORMAT_TEXTUAL_INVERSION: SourceFormat.ValueType  # 5
+"""Learned token embeddings alone."""
+Global___SourceFormat: _TypeAlias = SourceFormat  # noqa: Y015
 
 class _AdapterFormat:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -66,6 +103,7 @@ class Adapter(_message.Message):
     DRIFT_BUDGET_FIELD_NUMBER: _builtins.int
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tenants/{tenant}/adapters/{adapter}@{version}`."""
     version: _builtins.int
@@ -75,7 +113,7 @@ class Adapter(_message.Message):
     base_digest: _builtins.str
     """Digest of the base model that it belongs to, "sha256:" and 64 hex digits."""
     rank: _builtins.int
-    """Rank of its factors, 1 to 128."""
+    """Largest rank of its factors, 1 to 128; 0 for an imported adapter of learned embeddings alone."""
     size_bytes: _builtins.int
     """Size of its stored file in bytes."""
     subject: _builtins.str
@@ -87,7 +125,7 @@ class Adapter(_message.Message):
     class_noun: _builtins.str
     """The class noun that it was trained with."""
     method: _builtins.str
-    """The training method's name, for example "spectral"."""
+    """The training method's name, for example "spectral"; "imported" for an adapter that another tool made."""
     drift_budget: _builtins.float
     """The drift budget it was trained under, as a share of the base's guidance energy. Absent with a fixed strength."""
     @_builtins.property
@@ -101,6 +139,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the version was published."""
+
+    @_builtins.property
+    def source(self) -> Global___ImportSource:
+        """Where an imported adapter came from. Absent for one that was trained here."""
 
     def __init__(
         self,
@@ -120,16 +162,55 @@ class Adapter(_message.Message):
         drift_budget: _builtins.float | None = ...,
         certificate: Global___Certificate | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        source: Global___ImportSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "certificate", b"certificate", "create_time", b"create_time", "drift", b"drift", "drift_budget", b"drift_budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "certificate", b"certificate", "create_time", b"create_time", "drift", b"drift", "drift_budget", b"drift_budget", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "base_digest", b"base_digest", "certificate", b"certificate", "class_noun", b"class_noun", "create_time", b"create_time", "digest", b"digest", "drift", b"drift", "drift_budget", b"drift_budget", "job", b"job", "method", b"method", "name", b"name", "placeholder", b"placeholder", "rank", b"rank", "size_bytes", b"size_bytes", "subject", b"subject", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "base_digest", b"base_digest", "certificate", b"certificate", "class_noun", b"class_noun", "create_time", b"create_time", "digest", b"digest", "drift", b"drift", "drift_budget", b"drift_budget", "job", b"job", "method", b"method", "name", b"name", "placeholder", b"placeholder", "rank", b"rank", "size_bytes", b"size_bytes", "source", b"source", "subject", b"subject", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__drift_budget: _TypeAlias = _typing.Literal["drift_budget"]  # noqa: Y015
     _WhichOneofArgType__drift_budget: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__drift_budget) -> _WhichOneofReturnType__drift_budget | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class ImportSource(_message.Message):
+    """The files that an imported adapter was made from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FILENAMES_FIELD_NUMBER: _builtins.int
+    RIGHTS_FIELD_NUMBER: _builtins.int
+    format: Global___SourceFormat.ValueType
+    """What they were recognised as."""
+    digest: _builtins.str
+    """Digest over the names and SHA-256 of the files, "sha256:" and 64 hex digits."""
+    @_builtins.property
+    def filenames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their names as uploaded, in sorted order."""
+
+    @_builtins.property
+    def rights(self) -> _subject_pb2.RightsDeclaration:
+        """By what right they were imported, as declared."""
+
+    def __init__(
+        self,
+        *,
+        format: Global___SourceFormat.ValueType = ...,
+        digest: _builtins.str = ...,
+        filenames: _abc.Iterable[_builtins.str] | None = ...,
+        rights: _subject_pb2.RightsDeclaration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rights", b"rights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "filenames", b"filenames", "format", b"format", "rights", b"rights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportSource: _TypeAlias = ImportSource  # noqa: Y015
 
 @_typing.final
 class Drift(_message.Message):
@@ -532,3 +613,112 @@ class ExportAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___ExportAdapterResponse: _TypeAlias = ExportAdapterResponse  # noqa: Y015
+
+@_typing.final
+class ImportAdapterRequest(_message.Message):
+    """One message of an import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the current file: 1 byte to 1 MiB."""
+    @_builtins.property
+    def adapter(self) -> Global___AdapterImport:
+        """First message only: what the files are."""
+
+    @_builtins.property
+    def file(self) -> _media_pb2.FileHeader:
+        """Starts the next file, 1 to 8 of them: one .safetensors of factors, PEFT's `adapter_config.json`, .safetensors of
+        learned embeddings (the second text encoder's with `_2` before its first dot). All files together have at most
+        the server's `max_adapter_bytes`, as they are and as float32.
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterImport | None = ...,
+        file: _media_pb2.FileHeader | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chunk", b"chunk", "content", b"content", "file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chunk", b"chunk", "content", b"content", "file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["adapter", "file", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
+
+@_typing.final
+class AdapterImport(_message.Message):
+    """What the files of an import are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    RIGHTS_FIELD_NUMBER: _builtins.int
+    CLASS_NOUN_FIELD_NUMBER: _builtins.int
+    PLACEHOLDER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`tenants/{tenant}`. Default: the caller's own tenant; no other is allowed."""
+    adapter_id: _builtins.str
+    """The adapter to publish a version of: 1 to 63 lower-case letters, digits and hyphens, starting with a letter."""
+    class_noun: _builtins.str
+    """What the adapter's subject is an instance of, in the base model's words; at most 64 characters. Default: not known."""
+    placeholder: _builtins.str
+    """The word that stands for the subject in prompts, at most 32 characters without blanks. Renames the learned
+    embeddings where the files hold those of one word. Default: the word that the files name, or none.
+    """
+    request_id: _builtins.str
+    """A UUID that makes the call idempotent. The same id with the same contents returns the first answer."""
+    @_builtins.property
+    def rights(self) -> _subject_pb2.RightsDeclaration:
+        """By what right the adapter, and what it was trained on, may be used. Kept with the adapter."""
+
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        adapter_id: _builtins.str = ...,
+        rights: _subject_pb2.RightsDeclaration | None = ...,
+        class_noun: _builtins.str = ...,
+        placeholder: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rights", b"rights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "class_noun", b"class_noun", "parent", b"parent", "placeholder", b"placeholder", "request_id", b"request_id", "rights", b"rights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterImport: _TypeAlias = AdapterImport  # noqa: Y015
+
+@_typing.final
+class ImportAdapterResponse(_message.Message):
+    """Response of AdapterService.ImportAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The published version with its certificate."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportAdapterResponse: _TypeAlias = ImportAdapterResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class AdapterServiceStub:
                 request_serializer=mooring_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
                 response_deserializer=mooring_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
                 _registered_method=True)
+        self.ImportAdapter = channel.stream_unary(
+                '/mooring.v1.AdapterService/ImportAdapter',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -89,6 +94,17 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportAdapter(self, request_iterator, context):
+        """Publishes an adapter that another tool made as the next version of an adapter: first `adapter`, then for each
+        file its `file` header followed by its `chunk`s. Takes safetensors of diffusers, PEFT (with its
+        `adapter_config.json`) and kohya, files of learned token embeddings, and Mooring's own. Every tensor must fit a
+        layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
+        once; drift is not measured before an evaluation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +127,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.ExportAdapter,
                     request_deserializer=mooring_dot_v1_dot_adapter__pb2.ExportAdapterRequest.FromString,
                     response_serializer=mooring_dot_v1_dot_adapter__pb2.ExportAdapterResponse.SerializeToString,
+            ),
+            'ImportAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportAdapter,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +243,33 @@ class AdapterService:
             '/mooring.v1.AdapterService/ExportAdapter',
             mooring_dot_v1_dot_adapter__pb2.ExportAdapterRequest.SerializeToString,
             mooring_dot_v1_dot_adapter__pb2.ExportAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/mooring.v1.AdapterService/ImportAdapter',
+            mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,13 @@ class AdapterServiceStub:
     """Deletes one version, or all versions of an adapter. A number is never given again."""
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]
     """Streams an adapter version as files: for each its `file` header, then its `chunk`s."""
+    ImportAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]
+    """Publishes an adapter that another tool made as the next version of an adapter: first `adapter`, then for each
+    file its `file` header followed by its `chunk`s. Takes safetensors of diffusers, PEFT (with its
+    `adapter_config.json`) and kohya, files of learned token embeddings, and Mooring's own. Every tensor must fit a
+    layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
+    once; drift is not measured before an evaluation.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -55,6 +62,13 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Deletes one version, or all versions of an adapter. A number is never given again."""
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams an adapter version as files: for each its `file` header, then its `chunk`s."""
+    ImportAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]  # type: ignore[assignment]
+    """Publishes an adapter that another tool made as the next version of an adapter: first `adapter`, then for each
+    file its `file` header followed by its `chunk`s. Takes safetensors of diffusers, PEFT (with its
+    `adapter_config.json`) and kohya, files of learned token embeddings, and Mooring's own. Every tensor must fit a
+    layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
+    once; drift is not measured before an evaluation.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Adapters: what training yields. Versions are immutable and numbered from 1."""
@@ -90,5 +104,18 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_pb2.ExportAdapterResponse], _abc.AsyncIterator[_adapter_pb2.ExportAdapterResponse]]:
         """Streams an adapter version as files: for each its `file` header, then its `chunk`s."""
+
+    @_abc_1.abstractmethod
+    def ImportAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapter_pb2.ImportAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ImportAdapterResponse, _abc.Awaitable[_adapter_pb2.ImportAdapterResponse]]:
+        """Publishes an adapter that another tool made as the next version of an adapter: first `adapter`, then for each
+        file its `file` header followed by its `chunk`s. Takes safetensors of diffusers, PEFT (with its
+        `adapter_config.json`) and kohya, files of learned token embeddings, and Mooring's own. Every tensor must fit a
+        layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
+        once; drift is not measured before an evaluation.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
