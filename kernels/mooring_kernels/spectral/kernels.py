@@ -95,6 +95,11 @@ def _trace(m, R: tl.constexpr):
     return tl.sum(tl.sum(tl.where(i[:, None] == i[None, :], m, 0.0), axis=1), axis=0)
 
 
+@triton.jit
+def _largest(m):
+    return tl.max(tl.max(tl.abs(m), axis=1), axis=0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def solve_kernel(
     partial,
@@ -148,10 +153,11 @@ def solve_kernel(
     if METHOD != NO_SOLVE:
         if METHOD == COLD:
             m = tl.dot(g_b, g_a, input_precision=PRECISION)
-            m = m / tl.maximum(_trace(m, R), TINY, propagate_nan=tl.PropagateNan.ALL)
+            # by the largest entry: where A and B nearly cancel, a trace may round to a negative number
+            m = m / tl.maximum(_largest(m), TINY)
             for _ in range(SQUARINGS):
                 m = tl.dot(m, m, input_precision=PRECISION)
-                m = m / tl.maximum(_trace(m, R), TINY, propagate_nan=tl.PropagateNan.ALL)
+                m = m / tl.maximum(_largest(m), TINY)
             diagonal = tl.sum(tl.where(i[:, None] == i[None, :], m, 0.0), axis=0)
             column = tl.argmax(diagonal, axis=0)
             y = tl.sum(tl.where(i[None, :] == column, m, 0.0), axis=1)

@@ -51,9 +51,9 @@ class Tiles:
 
 
 TILES: dict[int, Tiles] = {
-    16: Tiles(640, "ieee", 128, 4, 3, "ieee", 1, 128, 128, 4),
+    16: Tiles(640, "ieee", 128, 4, 2, "ieee", 1, 128, 128, 4),
     32: Tiles(640, "tf32x3", 64, 4, 3, "ieee", 4, 128, 128, 4),
-    64: Tiles(1280, "tf32x3", 32, 4, 3, "tf32x3", 8, 64, 32, 4),
+    64: Tiles(1280, "tf32x3", 32, 4, 3, "tf32x3", 4, 64, 32, 4),
     128: Tiles(2048, "tf32x3", 16, 8, 2, "ieee", 16, 32, 16, 8),
 }
 """By R. The largest tiles that neither spill on sm_80 nor on sm_90; not tuned on a device."""

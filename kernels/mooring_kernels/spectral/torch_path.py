@@ -1,8 +1,8 @@
 """The penalties in plain PyTorch: batched by layer shape, analytic gradient, solve in float64.
 
 Gram route: with G_A = A·Aᵀ and G_B = Bᵀ·B (both r×r) the squared singular values of B·A are the eigenvalues
-of M = G_B·G_A, so no matrix larger than r×r is ever decomposed. M is squared `SQUARINGS` times (normalised
-by its trace each time), which leaves the leading eigenvector y in its columns; then
+of M = G_B·G_A, so no matrix larger than r×r is ever decomposed. M is squared `SQUARINGS` times (divided by
+its largest entry now and then), which leaves the leading eigenvector y in its columns; then
 
     z = G_A·y,  q = G_B·z,  n² = yᵀz,  σ² = zᵀq/n²,
     ∂σ²/∂B = 2/n² · (B·z)·zᵀ,     ∂σ²/∂A = 2/n² · q·(yᵀA),
@@ -15,18 +15,23 @@ bit on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mooring_kernels.arena import ArenaLayout
+from mooring_kernels.arena import ArenaLayout, ShapeGroup
 
 SQUARINGS = 12
 """M^(2^12): two values 0.1 % apart are separated by a factor of e⁸ in squared singular value."""
+NORMALISE_EVERY = {torch.float64: 4, torch.float32: 2}
+"""Squarings between two divisions: from entries up to 1, those of M^16 are at most r^15, of M^4 r^3; between
+them M may shrink by (σ/‖A‖‖B‖)^30 and (σ/‖A‖‖B‖)^6."""
 POLISH_STEPS = 3
 MERGED_RANK = 32
+"""Up to this rank groups are solved together. Above it the squarings are most of the work and are done in
+float32 when the factors are: the digits that costs were lost in the Grams before."""
 _TINY = 1e-300
 
 
@@ -60,14 +65,24 @@ def _grams(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (a @ a.mT).double(), (b.mT @ b).double()
 
 
-def solve_grams(gram_a: Tensor, gram_b: Tensor) -> Solved:
-    """Norms of n layers' B·A from G_A and G_B, float64 `[n, r, r]`."""
+def solve_grams(gram_a: Tensor, gram_b: Tensor, squaring: torch.dtype = torch.float64) -> Solved:
+    """Norms of n layers' B·A from G_A and G_B.
+
+    Args:
+        gram_a: `[n, r, r]` float64.
+        gram_b: likewise.
+        squaring: precision of the squarings; the polish and the norms are float64 in any case.
+    """
     product = gram_b @ gram_a
-    power = _normalised(product)
-    for _ in range(SQUARINGS):
-        power = _normalised(power @ power)
+    power = (product / _largest(product)).to(squaring)
+    other = torch.empty_like(power)
+    every = NORMALISE_EVERY[squaring]
+    for number in range(1, SQUARINGS + 1):
+        power, other = torch.bmm(power, power, out=other), power
+        if number % every == 0:
+            power.div_(_largest(power))
     column = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    y = power.gather(-1, column[:, None, None].expand(-1, power.shape[-2], 1))
+    y = power.gather(-1, column[:, None, None].expand(-1, power.shape[-2], 1)).double()
     for _ in range(POLISH_STEPS):
         y = product @ y
         y = y / y.abs().amax(-2, keepdim=True).clamp_min(_TINY)
@@ -79,33 +94,62 @@ def solve_grams(gram_a: Tensor, gram_b: Tensor) -> Solved:
     return Solved(gram_a, gram_b, y, z, q, inverse_n2, sigma2, (gram_a * gram_b).sum((-2, -1)))
 
 
-def solve_network(layout: ArenaLayout, flat: Tensor) -> list[Solved]:
-    """Norms and leading directions of every group of the layout.
+@dataclass(frozen=True)
+class Batch:
+    """Groups that are solved together.
+
+    Args:
+        groups: of one rank.
+        order: int64 `[n]`, the layers' indices, group after group.
+        solved: of their n layers.
+    """
+
+    groups: tuple[ShapeGroup, ...]
+    order: Tensor
+    solved: Solved
+
+    def split(self, t: Tensor) -> Sequence[Tensor]:
+        """A tensor `[n, ...]` by group."""
+        return torch.split_with_sizes(t, [len(group.indices) for group in self.groups])
+
+
+def solve_network(layout: ArenaLayout, flat: Tensor) -> list[Batch]:
+    """Norms and leading directions of every layer of one row `[size]`.
 
     Groups of one small rank are solved as one batch: there the calls take longer than the arithmetic.
     """
-    grams = [_grams(*group.views(flat)) for group in layout.groups]
-    found: list[Solved | None] = [None] * len(grams)
-    for rank in {group.rank for group in layout.groups}:
-        members = [i for i, group in enumerate(layout.groups) if group.rank == rank]
-        if rank > MERGED_RANK or len(members) == 1:
-            for i in members:
-                found[i] = solve_grams(*grams[i])
-            continue
-        whole = solve_grams(*(torch.cat([grams[i][k] for i in members]) for k in (0, 1)))
-        sizes = [len(layout.groups[i].indices) for i in members]
-        parts = zip(*(getattr(whole, name.name).split(sizes) for name in fields(Solved)), strict=True)
-        for i, part in zip(members, parts, strict=True):
-            found[i] = Solved(*part)
-    return [solved for solved in found if solved is not None]
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    found = []
+    for groups, order in _batches(layout, flat.device):
+        grams = [_grams(*group.views(flat)) for group in groups]
+        gram_a, gram_b = (
+            grams[0] if len(grams) == 1 else (torch.cat(both) for both in zip(*grams, strict=True))
+        )
+        squaring = wide if groups[0].rank > MERGED_RANK else torch.float64
+        found.append(Batch(groups, order, solve_grams(gram_a, gram_b, squaring)))
+    return found
 
 
-def collect(layout: ArenaLayout, found: list[Solved]) -> tuple[Tensor, Tensor]:
-    """σ² and ‖·‖_F² of the groups, float64 `[L]` each, in the order of the layers."""
-    order = torch.tensor([i for group in layout.groups for i in group.indices], device=found[0].sigma2.device)
-    both = torch.stack((torch.cat([s.sigma2 for s in found]), torch.cat([s.fro2 for s in found])))
-    placed = torch.empty_like(both)
-    placed[:, order] = both
+def _batches(layout: ArenaLayout, device: torch.device) -> list[tuple[tuple[ShapeGroup, ...], Tensor]]:
+    known: list[tuple[tuple[ShapeGroup, ...], Tensor]] | None = layout.cache.get(("batches", device))
+    if known is None:
+        small: dict[int, list[ShapeGroup]] = {}
+        for group in layout.groups:
+            key = group.rank if group.rank <= MERGED_RANK else -len(small) - 1
+            small.setdefault(key, []).append(group)
+        known = [
+            (tuple(groups), torch.tensor([i for group in groups for i in group.indices], device=device))
+            for groups in small.values()
+        ]
+        layout.cache["batches", device] = known
+    return known
+
+
+def collect(layout: ArenaLayout, found: list[Batch]) -> tuple[Tensor, Tensor]:
+    """σ² and ‖·‖_F² of all batches, float64 `[L]` each, in the order of the layers."""
+    placed = torch.empty(2, len(layout.layers), dtype=torch.float64, device=found[0].order.device)
+    for batch in found:
+        placed[:, batch.order] = torch.stack((batch.solved.sigma2, batch.solved.fro2))
     return placed[0], placed[1]
 
 
@@ -139,15 +183,43 @@ def add_share_(
     found = solve_network(layout, flat)
     if isinstance(lam, float | int) and lam == 0.0:
         return collect(layout, found)
-    for group, solved in zip(layout.groups, found, strict=True):
-        a, b = group.views(flat)
-        w = torch.full((len(group.indices), 1, 1), 2.0, dtype=torch.float64, device=flat.device) * lam
+    for batch in found:
+        w = torch.full((len(batch.order), 1, 1), 2.0, dtype=torch.float64, device=flat.device) * lam
         if weights is not None:
-            w *= weights[list(group.indices)].to(w).view(-1, 1, 1)
-        shares = _shares(_computable(a), _computable(b), solved, w, kind)
-        for goal, share in zip(group.views(target), shares, strict=True):
-            _add(goal, *share)
+            w *= weights[batch.order].to(w).view(-1, 1, 1)
+        lefts, rights = _outer_factors(batch, w, kind, _accumulator(flat.dtype))
+        for group, *of_group in zip(batch.groups, *lefts, *rights, strict=True):
+            a, b = (_computable(t) for t in group.views(flat))
+            goal_a, goal_b = group.views(target)
+            left_a, left_b, right_a, right_b = of_group
+            if kind == "spectral":
+                share_a, share_b = torch.bmm(right_a.mT, a), torch.bmm(b, left_b)
+                _add_product(goal_a, left_a, share_a)
+                _add_product(goal_b, share_b, right_b)
+            elif kind == "l2":
+                aliased = target.data_ptr() == flat.data_ptr()
+                _add_product(goal_a, left_a, a.clone() if aliased else a)
+                _add_product(goal_b, b.clone() if aliased else b, right_b)
+            else:
+                goal_a += (a * left_a).to(goal_a.dtype)
+                goal_b += (b * right_b).to(goal_b.dtype)
     return collect(layout, found)
+
+
+def _outer_factors(
+    batch: Batch, w: Tensor, kind: str, dtype: torch.dtype
+) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
+    """What A and B are multiplied by from the left, and from the right, by group; r-space only."""
+    solved = batch.solved
+    if kind == "spectral":
+        k = w * solved.inverse_n2
+        # A: k·q·(yᵀA), with y as it lies; B: (B·z)·(k·z)ᵀ
+        left, right = (k * solved.q, solved.z), (solved.y, (k * solved.z).mT)
+    elif kind == "l2":
+        left, right = (w * solved.gram_b, w), (w, w * solved.gram_a)
+    else:
+        left, right = (w, w), (w, w)
+    return [batch.split(t.to(dtype)) for t in left], [batch.split(t.to(dtype)) for t in right]
 
 
 def squares(layout: ArenaLayout, flat: Tensor) -> Tensor:
@@ -158,36 +230,24 @@ def squares(layout: ArenaLayout, flat: Tensor) -> Tensor:
     return torch.stack(found).double()
 
 
-def _shares(
-    a: Tensor, b: Tensor, solved: Solved, w: Tensor, kind: str
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What is added to A and to B, each as a product of two factors (or one tensor and None)."""
-    if kind == "spectral":
-        k = w * solved.inverse_n2
-        yield (k * solved.q).to(a.dtype), solved.y.to(a.dtype).mT @ a
-        yield b @ solved.z.to(b.dtype), (k * solved.z).to(b.dtype).mT
-    elif kind == "l2":
-        yield (w * solved.gram_b).to(a.dtype), a.clone()
-        yield b.clone(), (w * solved.gram_a).to(b.dtype)
+def _add_product(goal: Tensor, left: Tensor, right: Tensor) -> None:
+    if goal.dtype != left.dtype:
+        goal += torch.bmm(left, right).to(goal.dtype)
+    elif left.shape[-1] == 1:
+        goal.addcmul_(left, right)
     else:
-        yield a * w.to(a.dtype), None
-        yield b * w.to(b.dtype), None
-
-
-def _add(goal: Tensor, left: Tensor, right: Tensor | None) -> None:
-    if right is None:
-        goal += left.to(goal.dtype)
-    elif goal.dtype == left.dtype:
         goal.baddbmm_(left, right)
-    else:
-        goal += (left @ right).to(goal.dtype)
+
+
+def _accumulator(storage: torch.dtype) -> torch.dtype:
+    return torch.float32 if storage in {torch.bfloat16, torch.float16} else storage
 
 
 def _computable(t: Tensor) -> Tensor:
     """float32 of bfloat16 storage: the Grams must be accumulated in float32."""
-    return t.float() if t.dtype in {torch.bfloat16, torch.float16} else t
+    return t.to(_accumulator(t.dtype))
 
 
-def _normalised(m: Tensor) -> Tensor:
-    trace = m.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return m / trace.clamp_min(_TINY)[:, None, None]
+def _largest(m: Tensor) -> Tensor:
+    """The largest magnitude `[n, 1, 1]`, never zero; a trace may round to a negative number."""
+    return m.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny)
