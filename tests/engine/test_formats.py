@@ -74,6 +74,15 @@ def diffusers(adapter) -> dict[str, torch.Tensor]:
     return load(export_diffusers(adapter)[LORA_FILE])
 
 
+def of_mixed_ranks(base) -> AdapterWeights:
+    adapter = random_adapter(base, 4, rank=4)
+    layers = {
+        path: LayerFactors(f.A[: 1 + i % 4].clone(), f.B[:, : 1 + i % 4].clone())
+        for i, (path, f) in enumerate(adapter.layers.items())
+    }
+    return AdapterWeights(base.digest, 4, layers)
+
+
 def equal(found, expected) -> bool:
     assert found.layers.keys() == expected.layers.keys()
     return all(
@@ -120,12 +129,7 @@ def test_every_float_is_read_as_it_is(base, dtype):
 
 
 def test_layers_may_differ_in_rank(base, make_bank):
-    adapter = random_adapter(base, 4, rank=4)
-    layers = {
-        path: LayerFactors(f.A[: 1 + i % 4].clone(), f.B[:, : 1 + i % 4].clone())
-        for i, (path, f) in enumerate(adapter.layers.items())
-    }
-    mixed = AdapterWeights(base.digest, 4, layers)
+    mixed = of_mixed_ranks(base)
     made = read({"a.safetensors": save(diffusers(mixed))}, base).weights
     assert equal(made, mixed)
     assert made.rank == 4
@@ -288,6 +292,18 @@ def test_diffusers_reads_a_kohya_file_the_same_way(
         kind, root, base, load_into=lambda pipe: pipe.load_lora_weights(tmp_path, weight_name="k.safetensors")
     )
     close(ours(base, bank, made.weights, monkeypatch), expected, latents_of(kind, root, base))
+
+
+@pytest.mark.parametrize(("which", "root", "kind"), KINDS)
+def test_diffusers_reads_our_export_of_mixed_ranks(
+    which, root, kind, request, tmp_path, make_bank, monkeypatch
+):
+    base, root = request.getfixturevalue(which), request.getfixturevalue(root)
+    mixed = of_mixed_ranks(base)
+    (tmp_path / LORA_FILE).write_bytes(export_diffusers(mixed)[LORA_FILE])
+    bank = make_bank(base)
+    expected = latents_of(kind, root, base, load_into=lambda pipe: pipe.load_lora_weights(tmp_path))
+    close(ours(base, bank, mixed, monkeypatch), expected, latents_of(kind, root, base))
 
 
 @pytest.mark.parametrize("stabilised", [False, True])

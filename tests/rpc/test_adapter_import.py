@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 
 import numpy as np
@@ -259,3 +260,24 @@ def test_streams_out_of_order_are_refused(stubs, good):
         assert failure.fields
     failure = failure_of(lambda: send(stubs, [first, begin]))
     assert failure.reason == "DIGEST_MISMATCH"
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+NATIVE = {"format": "mooring.adapter.v1", "base_digest": "b", "placeholders": [], "metadata": {}}
+
+
+@pytest.mark.parametrize("odd", ["x" * 200_000, "a\0b\n", "\ud800 half a pair", "ключ"])
+def test_odd_names_in_a_file_are_told_in_a_message_that_arrives(stubs, odd):
+    for document in (
+        {odd: {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}},
+        {f"{odd}{k}.lora_A.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for k in range(9)},
+        {"a": {"dtype": odd, "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1] * len(odd), "data_offsets": [0, 4]}},
+        {"__metadata__": {"mooring": json.dumps(NATIVE | {"format": odd})}, "a": ONE},
+        {"__metadata__": {"mooring": json.dumps(NATIVE | {"base_digest": odd})}, "a": ONE},
+    ):
+        text = json.dumps(document).encode()
+        data = len(text).to_bytes(8, "little") + text + b"\0" * 4
+        failure = failure_of(lambda data=data: send(stubs, of({"a.safetensors": data}, "odd")))
+        assert failure.reason in {"ADAPTER_KEYS_UNMATCHED", "BASE_DIGEST_MISMATCH"}
+        assert len(failure.message) < 2000

@@ -42,6 +42,8 @@ _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 _EMBEDDING = re.compile(r"embeddings\.(?P<index>\d+)\.(?P<encoder>\d+)")
 _SHOWN = 5
 """Offending keys named in a message; the rest is counted."""
+_CLIP = 240
+"""Characters of one name that are shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,9 +181,9 @@ def from_safetensors(
     if header.base_digest != base.digest:
         raise MooringError(
             Reason.BASE_DIGEST_MISMATCH,
-            f"The adapter was trained on base {header.base_digest}, this server runs {base.digest}.",
+            f"The adapter was trained on base {clipped(header.base_digest)}, this server runs {base.digest}.",
             remedy="Train it again on this base, or serve the base it belongs to.",
-            metadata={"expected": base.digest, "found": header.base_digest},
+            metadata={"expected": base.digest, "found": clipped(header.base_digest)},
         )
     placeholders = header.placeholders
     ranks = _check_entries(entries, base, placeholders)
@@ -194,7 +196,7 @@ def from_safetensors(
     try:
         tensors = {key: tensor.float() for key, tensor in load(data).items()}
     except SafetensorError as error:
-        raise unmatched(f"The file is damaged: {error}.") from error
+        raise unmatched(f"The file is damaged: {clipped(str(error))}.") from error
     require_finite(tensors)
     embeddings = {
         name: tuple(tensors[f"embeddings.{index}.{encoder}"] for encoder in range(len(base.text_encoders)))
@@ -310,11 +312,11 @@ def read_header(data: bytes) -> tuple[dict[str, tuple[str, list[int]]], dict[str
         document: dict[str, Any] = json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
         metadata = {str(key): str(value) for key, value in document.pop("__metadata__", {}).items()}
         entries = {
-            str(key): (str(entry["dtype"]), [int(size) for size in entry["shape"]])
+            str(key): (clipped(str(entry["dtype"])), [int(size) for size in entry["shape"]])
             for key, entry in document.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise unmatched(f"The file is no safetensors file: {error}.") from error
+        raise unmatched(f"The file is no safetensors file: {clipped(str(error))}.") from error
     if any(size < 0 for _, shape in entries.values() for size in shape):
         raise unmatched("The file declares negative sizes.")
     declared = sum(_BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in entries.values())
@@ -369,7 +371,7 @@ def _check_entries(
     for index, name in enumerate(placeholders):
         keys = [f"embeddings.{index}.{encoder}" for encoder in range(len(base.text_encoders))]
         if any(key not in entries for key in keys) or len({entries[key][1][0] for key in keys}) != 1:
-            raise unmatched(f"The placeholder {name} lacks equal embeddings for every text encoder.")
+            raise unmatched(f"The placeholder {clipped(name)} lacks equal embeddings for every text encoder.")
     return {layer: found["A"] for layer, found in ranks.items()}
 
 
@@ -386,9 +388,9 @@ def _header(text: str | None) -> _Header:
             {str(key): str(value) for key, value in document["metadata"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise unmatched(f"The file's metadata is damaged: {error!r}.") from error
+        raise unmatched(f"The file's metadata is damaged: {clipped(repr(error))}.") from error
     if found.format != FORMAT:
-        raise unmatched(f"The file's format is {found.format}, not {FORMAT}.")
+        raise unmatched(f"The file's format is {clipped(found.format)}, not {FORMAT}.")
     if len(set(found.placeholders)) != len(found.placeholders) or not all(map(str.strip, found.placeholders)):
         raise unmatched("The file's list of placeholders is damaged.")
     return found
@@ -396,8 +398,19 @@ def _header(text: str | None) -> _Header:
 
 def listed(names: Sequence[str]) -> str:
     """The first few names and how many more there are."""
-    shown = ", ".join(names[:_SHOWN])
+    shown = shown_keys(names)
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def shown_keys(names: Sequence[str]) -> str:
+    """The first few names, separated by commas."""
+    return ", ".join(clipped(name) for name in names[:_SHOWN])
+
+
+def clipped(text: str) -> str:
+    """Text out of a stranger's file as it can stand in a message: short, and without control characters."""
+    plain = text if text.isprintable() else ascii(text)[1:-1]
+    return plain if len(plain) <= _CLIP else plain[: _CLIP - 1] + "…"
 
 
 def unmatched(
@@ -411,7 +424,7 @@ def unmatched(
         Reason.ADAPTER_KEYS_UNMATCHED,
         message,
         remedy=remedy,
-        metadata={"keys": ", ".join(keys[:_SHOWN]), "count": str(len(keys))} if keys else None,
+        metadata={"keys": shown_keys(keys), "count": str(len(keys))} if keys else None,
     )
 
 

@@ -14,7 +14,7 @@ same architecture is taken, and draws what it draws.
 Left out: LoHa, LoKr, DoRA and other updates that are not B·A; layers that the engine has no hook for. They
 are refused by name, never skipped.
 
-Shape legend: r rank, n vectors of a placeholder.
+Shape legend: r rank.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypeAlias
-
-from torch import Tensor
+from typing import Any
 
 from mooring_server.engine.adapters import (
     FACTOR_DTYPES,
@@ -41,8 +39,16 @@ from mooring_server.engine.adapters import (
     rank_too_large,
     read_header,
     require_finite,
+    shown_keys,
     too_large,
     unmatched,
+)
+from mooring_server.engine.embedding_files import (
+    EMBEDDING_KEYS,
+    Entries,
+    load_tensors,
+    read_embeddings,
+    unfit,
 )
 from mooring_server.engine.layer_names import LayerNames, layer_names
 from mooring_server.engine.lora_settings import LoraSettings, from_diffusers, from_peft
@@ -64,15 +70,6 @@ _OTHER_KINDS = re.compile(
     r"\.(hada_|lokr_|oft_|oft_blocks|lora_mid|dora_scale|lora_magnitude_vector|lora_embedding_|ia3_|"
     r"diff|diff_b|w_norm|b_norm|boft_|glora_)"
 )
-_EMBEDDING_KEYS: Mapping[str, int | None] = {
-    "clip_l": 0, "clip_g": 1,  # kohya and most SDXL tools
-    "text_encoders_0": 0, "text_encoders_1": 1,  # diffusers' advanced DreamBooth example
-    "emb_params": None,  # of web interfaces: the file is for one encoder and named after the token
-}  # fmt: skip
-"""Keys of embeddings that do not name their token → text encoder, None where the file's name tells."""
-Entries: TypeAlias = Mapping[str, tuple[str, list[int]]]
-"""Key → (dtype, shape)."""
-_REMEDY = "Nothing was stored. Use an adapter that was made for this base's architecture."
 
 
 class SourceFormat(StrEnum):
@@ -164,7 +161,15 @@ def convert(
         found = _recognise(entries)
         settings = _settings(found, sorted_files, metadata)
         layers = _factors(files[sorted_files.factors], entries, settings, base, max_bytes, max_rank)
-    vectors = _embeddings(files, sorted_files, base, placeholder) if sorted_files.embeddings else {}
+    vectors = (
+        read_embeddings(
+            {name: (files[name], sorted_files.headers[name][0]) for name in sorted_files.embeddings},
+            base,
+            placeholder,
+        )
+        if sorted_files.embeddings
+        else {}
+    )
     return Imported(
         AdapterWeights(
             base_digest=base.digest,
@@ -204,7 +209,7 @@ def _sort(files: Mapping[str, bytes]) -> _Files:
         entries, metadata = read_header(data)
         headers[name] = entries, metadata
         if not entries:
-            raise _unfit(f"{name!r} holds no tensors.")
+            raise unfit(f"{name!r} holds no tensors.")
         foreign = HEADER_KEY not in metadata
         (embeddings if foreign and _is_embedding(entries) else factors).append(name)
     if len(factors) > 1:
@@ -215,6 +220,14 @@ def _sort(files: Mapping[str, bytes]) -> _Files:
         raise _unsupported(f"{CONFIG_FILE} came alone.", remedy="Send adapter_model.safetensors with it.")
     config = _json(CONFIG_FILE, files[CONFIG_FILE]) if CONFIG_FILE in files else None
     return _Files(headers, config, factors[0] if factors else None, embeddings)
+
+
+def _is_embedding(entries: Entries) -> bool:
+    """Whether a file holds token embeddings: known keys, or one tensor under the token's own name."""
+    if entries.keys() <= EMBEDDING_KEYS.keys():
+        return True
+    (key, *others) = entries
+    return not others and not _split(key)[1] and not _OTHER_KINDS.search(key)
 
 
 def _refuse_pickle(name: str, data: bytes) -> None:
@@ -236,9 +249,9 @@ def _json(name: str, data: bytes) -> Mapping[str, Any]:
             raise ValueError("it is too large")  # noqa: TRY301 - one message for all
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _unfit(f"{name!r} is no usable JSON: {error}.") from error
+        raise unfit(f"{name!r} is no usable JSON: {error}.") from error
     if not isinstance(document, dict):
-        raise _unfit(f"{name!r} holds no JSON object.")
+        raise unfit(f"{name!r} holds no JSON object.")
     return document
 
 
@@ -302,7 +315,7 @@ def _factors(
     size = sum(4 * math.prod(shape) for _, shape in entries.values())
     if size > max_bytes:
         raise too_large(size, max_bytes)
-    tensors = _load(data)
+    tensors = load_tensors(data)
     alphas = {
         path: tensors[layer.keys["alpha"]].item() for path, layer in layers.items() if "alpha" in layer.keys
     }
@@ -346,12 +359,12 @@ def _match(entries: Entries, names: LayerNames) -> dict[str, _Layer]:
         elif layers.setdefault(path, _Layer(path)).keys.setdefault(part, key) != key:
             twice.append(key)
     if unknown:
-        raise _unfit(
+        raise unfit(
             f"{len(unknown)} of {len(entries)} tensors match no layer of this base: {listed(unknown)}.",
             keys=unknown,
         )
     if twice:
-        raise _unfit(f"These tensors are for layers that others are for too: {listed(twice)}.", keys=twice)
+        raise unfit(f"These tensors are for layers that others are for too: {listed(twice)}.", keys=twice)
     if closed:
         paths = {why: sorted(set(found)) for why, found in closed.items()}
         told = "; ".join(
@@ -403,12 +416,12 @@ def _check(
             unpaired.append(path)
         layer.rank = (rank or [0])[0]
     if wrong:
-        raise _unfit(
+        raise unfit(
             f"{len(wrong)} tensors do not fit this base: {listed(wrong)}.{_made_for(entries, layers, names)}",
             keys=[entry.partition(" ")[0] for entry in wrong],
         )
     if unpaired:
-        raise _unfit(f"Factors A and B are missing or differ in rank for {listed(unpaired)}.", keys=unpaired)
+        raise unfit(f"Factors A and B are missing or differ in rank for {listed(unpaired)}.", keys=unpaired)
     settings.check(
         {path.removeprefix("unet."): layer.rank for path, layer in layers.items()},
         with_alpha=[path for path, layer in layers.items() if "alpha" in layer.keys],
@@ -436,97 +449,7 @@ def _check_alphas(alphas: Mapping[str, float], layers: Mapping[str, _Layer]) -> 
         )
     zero = [layers[path].keys["alpha"] for path, alpha in alphas.items() if alpha == 0]
     if zero:
-        raise _unfit(f"These layers would do nothing, as their alpha is 0: {listed(zero)}.", keys=zero)
-
-
-def _load(data: bytes) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise unmatched(f"The file is damaged: {error}.", remedy="Get the file again.") from error
-
-
-# ------------------------------------------------------------------------------------- embeddings
-
-
-def _is_embedding(entries: Entries) -> bool:
-    """Whether a file holds token embeddings: known keys, or one tensor under the token's own name."""
-    if entries.keys() <= _EMBEDDING_KEYS.keys():
-        return True
-    (key, *others) = entries
-    return not others and not _split(key)[1] and not _OTHER_KINDS.search(key)
-
-
-def _embeddings(
-    files: Mapping[str, bytes],
-    found_files: _Files,
-    base: BaseModel,
-    placeholder: str,
-) -> dict[str, tuple[Tensor, ...]]:
-    """Placeholder → vectors per text encoder. All files are checked before one is read."""
-    encoders = len(base.text_encoders)
-    places: dict[str, dict[int, tuple[str, str]]] = {}
-    for file in found_files.embeddings:
-        second = file.partition(".")[0].endswith("_2")
-        for key, (dtype, shape) in found_files.headers[file][0].items():
-            index = _EMBEDDING_KEYS.get(key)
-            encoder = int(second) if index is None else index
-            width = base.embedding_width(encoder) if encoder < encoders else None
-            fits = width is not None and len(shape) in {1, 2} and shape[-1] == width and min(shape) > 0
-            if dtype not in FACTOR_DTYPES or not fits:
-                wanted = f"[n, {width}]" if width else f"at most {encoders} text encoder"
-                raise _unfit(
-                    f"{key} of {file!r} does not fit this base ({dtype} {shape}, expected {wanted}).",
-                    keys=[key],
-                )
-            token = "" if key in _EMBEDDING_KEYS else key
-            if places.setdefault(token, {}).setdefault(encoder, (file, key)) != (file, key):
-                raise _unfit(f"Two files hold the embeddings of {token or key!r}.", keys=[key])
-    places = _named(places, placeholder)
-    loaded = {file: _load(files[file]) for file in found_files.embeddings}
-    made = {}
-    for token, found in places.items():
-        vectors = [loaded[file][key].float().reshape(-1, base.embedding_width(encoder))
-                   for encoder, (file, key) in sorted(found.items())]  # fmt: skip
-        if len(vectors) != encoders or len({vector.shape[0] for vector in vectors}) != 1:
-            raise _unfit(
-                f"The placeholder {token} lacks equal embeddings for every text encoder.", keys=[token]
-            )
-        require_finite(dict(zip([key for _, (_, key) in sorted(found.items())], vectors, strict=True)))
-        made[token] = tuple(vectors)
-    return made
-
-
-def _named(
-    places: dict[str, dict[int, tuple[str, str]]], placeholder: str
-) -> dict[str, dict[int, tuple[str, str]]]:
-    """The tokens under the names they will have in prompts."""
-    if placeholder and placeholder not in places:
-        if len(places) > 1:
-            raise unmatched(
-                f"The files hold embeddings of {listed(sorted(places))}, none of them called {placeholder}.",
-                remedy="Name one of them as the placeholder, or none.",
-            )
-        places = {placeholder: next(iter(places.values()))}
-    if "" in places:
-        raise unmatched(
-            "The file of embeddings does not say which word they stand for.",
-            remedy="Give the placeholder, for example “<rex>”.",
-        )
-    bad = [name for name in places if len(name) > 32 or name != "".join(name.split())]
-    if bad:
-        raise unmatched(
-            f"A placeholder has 1 to 32 characters and no blanks, unlike {listed(bad)}.",
-            remedy="Give the placeholder, for example “<rex>”.",
-        )
-    return places
-
-
-def _unfit(message: str, *, keys: Sequence[str] = ()) -> MooringError:
-    return unmatched(message, keys=keys, remedy=_REMEDY)
+        raise unfit(f"These layers would do nothing, as their alpha is 0: {listed(zero)}.", keys=zero)
 
 
 def _unsupported(message: str, *, remedy: str, keys: Sequence[str] = ()) -> MooringError:
@@ -534,5 +457,5 @@ def _unsupported(message: str, *, remedy: str, keys: Sequence[str] = ()) -> Moor
         Reason.ADAPTER_NOT_SUPPORTED,
         message,
         remedy=remedy,
-        metadata={"keys": ", ".join(keys[:5]), "count": str(len(keys))} if keys else None,
+        metadata={"keys": shown_keys(keys), "count": str(len(keys))} if keys else None,
     )

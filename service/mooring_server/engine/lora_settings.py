@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mooring_server.engine.adapters import listed, unmatched
+from mooring_server.engine.adapters import clipped, listed, unmatched
 from mooring_server.errors import MooringError, Reason
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -130,7 +130,9 @@ def from_diffusers(metadata: Mapping[str, str]) -> LoraSettings:
             if key.startswith(_UNET_PREFIX)
         }
     except (ValueError, AttributeError, RecursionError) as error:
-        raise unmatched(f"The file's {DIFFUSERS_METADATA} is damaged: {error!r}.", remedy=_REMEDY) from error
+        raise unmatched(
+            f"The file's {DIFFUSERS_METADATA} is damaged: {clipped(repr(error))}.", remedy=_REMEDY
+        ) from error
     return from_peft(found) if found else LoraSettings()
 
 
@@ -159,14 +161,16 @@ def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _number(config: Mapping[str, Any], name: str) -> float:
     found = config.get(name)
     if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
-        raise unmatched(f"The setting {name} is {found!r}, not a positive number.", remedy=_REMEDY)
+        raise unmatched(
+            f"The setting {clipped(name)} is {clipped(repr(found))}, not a positive number.", remedy=_REMEDY
+        )
     return float(found)
 
 
 def _unsupported(name: str, value: object) -> MooringError:
     return MooringError(
         Reason.ADAPTER_NOT_SUPPORTED,
-        f"The adapter's {name} is {value!r}, so it is no plain LoRA on the untouched base.",
+        f"The adapter's {name} is {clipped(repr(value))}, so it is no plain LoRA on the untouched base.",
         remedy=_REMEDY,
         metadata={"setting": name},
     )
