@@ -164,7 +164,7 @@ class Demo:
             adapter,
             subject=self._subject.name,
             prompts=dinghy.new_scene_prompts("{}")[:SCENES],
-            generic_prompts=dinghy.generic_prompts(GENERIC),
+            generic_prompts=dinghy.generic_prompts(2 * GENERIC)[1::2],
             seeds=[self._seed],
             class_samples=0,
         )

@@ -46,8 +46,8 @@ from mooring_server.engine.engine import Engine
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
-from mooring_server.evaluation.prompts import readable
-from mooring_server.jobs.runner import GENERIC_PROMPTS, JobRunner, RunnerSettings
+from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, PromptSets, readable
+from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.rpc.adapter_cache import AdapterCache
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import EdgeInterceptor, Gate
@@ -66,7 +66,6 @@ log = logs.get_logger("mooring.server")
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_CONCURRENT_CALLS = 512
 _CLOSING_GRACE_SECONDS = 0.5
-_GENERIC_PROMPTS = 24
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -244,8 +243,9 @@ class Server:
             observer=observer,
         )
         judges = _judges(settings, packaged=packaged)
-        generic = dinghy.generic_prompts(_GENERIC_PROMPTS) if packaged else readable(base, GENERIC_PROMPTS)
-        scenes = dinghy.new_scene_prompts("{}") if packaged else readable(base, NEW_SCENES)
+        scenes = dinghy.new_scene_prompts("{}") if packaged else NEW_SCENES
+        generic = dinghy.generic_prompts(2 * PROBE_GENERIC) if packaged else GENERIC_PROMPTS
+        prompts = PromptSets.of(readable(base, scenes), readable(base, generic, least=4))
         cache = AdapterCache(
             objects,
             base,
@@ -263,8 +263,7 @@ class Server:
             judges,
             RunnerSettings(
                 lease_seconds=settings.lease_seconds,
-                generic_prompts=tuple(generic),
-                scene_prompts=tuple(scenes),
+                prompts=prompts,
             ),
             observer=observer,
         )
@@ -283,8 +282,7 @@ class Server:
             adapters=cache,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
-            generic_prompts=tuple(generic),
-            scene_prompts=tuple(scenes),
+            prompts=prompts,
             version=self._version,
         )
 

@@ -9,6 +9,7 @@ from mooring_server.evaluation.design import (
     counter_generator,
     interleave,
     stratified_timesteps,
+    weighted_ratio,
 )
 
 
@@ -83,3 +84,35 @@ def test_resampling_takes_whole_clusters():
     _, low, high = bootstrap_ratio(numerator, torch.ones(400), clusters)
     assert low == pytest.approx(1.0)
     assert high >= 3.9
+
+
+def test_strata_weigh_what_they_are_told_to():
+    numerator = torch.tensor([1.0, 3.0, 10.0])
+    denominator = torch.tensor([2.0, 2.0, 4.0])
+    strata = torch.tensor([0, 0, 1])
+    expected = (0.75 * 2.0 + 0.25 * 10.0) / (0.75 * 2.0 + 0.25 * 4.0)
+    assert weighted_ratio(numerator, denominator, strata, (0.75, 0.25)) == pytest.approx(expected)
+    repeated = torch.tensor([0, 1, 2, 2, 2, 2])
+    found = weighted_ratio(numerator[repeated], denominator[repeated], strata[repeated], (0.75, 0.25))
+    assert found == pytest.approx(expected), "points of one stratum more or less change nothing"
+    assert weighted_ratio(numerator[:2], denominator[:2], strata[:2], (0.75, 0.25)) == pytest.approx(1.0)
+
+
+def test_clusters_are_resampled_within_their_stratum():
+    # two strata that differ in everything and vary in nothing: mixing them up would give the interval width
+    strata = torch.arange(40) % 2
+    numerator, denominator = 1.0 + 4.0 * strata, 2.0 - strata
+    ratio, low, high = bootstrap_ratio(numerator, denominator, torch.arange(40), strata, (0.5, 0.5))
+    assert ratio == pytest.approx(2.0)
+    assert low == pytest.approx(high) == pytest.approx(2.0)
+
+
+def test_a_rare_stratum_widens_the_interval():
+    generator = counter_generator(1, "rare")
+    numerator = 1.0 + 0.5 * torch.randn(44, generator=generator)
+    strata = (torch.arange(44) >= 40).long()
+    widths = []
+    for weights in ((1.0, 0.0), (0.5, 0.5)):
+        _, low, high = bootstrap_ratio(numerator, torch.ones(44), torch.arange(44), strata, weights)
+        widths.append(high - low)
+    assert widths[1] > 1.3 * widths[0]

@@ -9,7 +9,14 @@ import torch
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.evaluate import EvaluationCache, evaluate
-from mooring_server.evaluation.prompts import class_prompts, without_placeholder
+from mooring_server.evaluation.prompts import (
+    GENERIC_PROMPTS,
+    HELD_OUT_TEMPLATES,
+    STEERING_TEMPLATES,
+    PromptSets,
+    class_prompts,
+    without_placeholder,
+)
 from mooring_server.evaluation.result import CLASS, GENERIC, PLAIN, SUBJECT, EvaluationResult
 from running_ticks import finish
 
@@ -160,6 +167,8 @@ def test_per_prompt_rows_are_means_over_seeds(evaluation):
     ("change", "reason", "field"),
     [
         ({"generic_prompts": ("one",)}, Reason.INVALID_FIELD, "generic_prompts"),
+        ({"probe_prompts": ("one",)}, Reason.INVALID_FIELD, "probe_prompts"),
+        ({"probe_prompts": ("a cat", "cat " * 20)}, Reason.PROMPT_TOO_LONG, "probe_prompts[1]"),
         ({"prompts": (" ",)}, Reason.EMPTY_PROMPT, "prompts[0]"),
         ({"steps": 0}, Reason.STEPS_OUT_OF_RANGE, "steps"),
         ({"steps": 151}, Reason.STEPS_OUT_OF_RANGE, "steps"),
@@ -209,6 +218,35 @@ def test_config_round_trips_and_refuses_unknown_fields(config):
 )
 def test_placeholder_is_removed_as_a_whole_word(prompt, placeholder, expected):
     assert without_placeholder(prompt, placeholder) == expected
+
+
+def test_drift_is_measured_on_the_probe_prompts_whatever_is_drawn(
+    base, bank, judges, adapter, photos, config
+):
+    small = dataclasses.replace(config, prompts=("a {} in the snow",), seeds=(0,), class_samples=0)
+    probe = ("a red dog", "a small cat", "a blue robot on the beach")
+    apart = dataclasses.replace(small, probe_prompts=probe)
+    same = dataclasses.replace(apart, generic_prompts=("a toy", "a robot"))
+    digests = []
+    for wanted in (small, apart, same):
+        result, _ = finish(evaluate(base, bank, judges, adapter, photos, wanted))
+        assert {pair.prompt for pair in result.of_kind(GENERIC)} == set(wanted.generic_prompts)
+        digests.append(result.drift.probe_digest)
+    assert digests[0] != digests[1] == digests[2]
+
+
+def test_steering_and_evaluation_see_equal_mixes_of_different_prompts():
+    sets = PromptSets.of(("a {}",), GENERIC_PROMPTS)
+    assert len(sets.steering) == len(sets.held_out) == len(set(sets.steering + sets.held_out)) // 2 == 84
+    assert set(sets.generic) < set(sets.held_out)
+    assert not set(STEERING_TEMPLATES) & set(HELD_OUT_TEMPLATES)
+    for templates in (STEERING_TEMPLATES, HELD_OUT_TEMPLATES):
+        assert len(set(templates)) == 12
+        for word in ("photo", "picture", "drawing", "beach", "snow", "city", "desert", "night"):
+            assert sum(word in template for template in templates) in {2, 3}
+    for place in ("on the beach", "in the snow", "in the city", "in a field"):
+        for half in (sets.steering, sets.held_out):
+            assert 18 <= sum(place in prompt for prompt in half) <= 24
 
 
 def test_class_prompts_are_those_the_base_can_read(base):

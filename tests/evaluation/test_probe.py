@@ -9,6 +9,7 @@ import torch
 from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.base import PromptEmbeds
 from mooring_server.errors import MooringError, Reason
+from mooring_server.evaluation.base_samples import SampleCache, Sampling
 from mooring_server.evaluation.design import counter_generator
 from mooring_server.evaluation.probe import DriftFigure, DriftProbe
 from running_ticks import finish
@@ -98,13 +99,67 @@ def test_energy_and_drift_equal_their_formulas():
     probe = build()
     level = torch.tensor([1 + len(p) / 10 for p in probe.prompts])
     assert probe.points == 24
-    assert probe.guidance_energy == pytest.approx(float(level.square().mean()), rel=1e-5)
+    generic = torch.tensor([p in GENERIC for p in probe.prompts])
+    energy = 7 / 8 * level[generic].square().mean() + 1 / 8 * level[~generic].square().mean()
+    assert probe.guidance_energy == pytest.approx(float(energy), rel=1e-5)
     result, _ = finish(probe.measure(2, scale=0.5))
     assert result.drift == pytest.approx(1.0 / probe.guidance_energy, rel=1e-5)
     assert result.low < result.drift < result.high
-    generic = torch.tensor([p in GENERIC for p in probe.prompts])
     assert result.figure.generic == pytest.approx(float(1 / level[generic].square().mean()), rel=1e-5)
     assert result.figure.class_ == pytest.approx(float(1 / level[~generic].square().mean()), rel=1e-5)
+
+
+def test_class_prompts_count_the_same_however_many_there_are():
+    """Prompts of equal length react equally here, so only the mix could tell the two probes apart."""
+    few = build(generic_prompts=[f"thing {i:02}" for i in range(24)], class_prompts=CLASS[:1])
+    many = build(
+        generic_prompts=[f"other {i:02}" for i in range(9)], class_prompts=["a fax", "a fix", "a fex"]
+    )
+    assert few.guidance_energy == pytest.approx(many.guidance_energy, rel=1e-6)
+    drifts = [finish(probe.measure(1))[0] for probe in (few, many)]
+    assert drifts[0].drift == pytest.approx(drifts[1].drift, rel=1e-6)
+    assert drifts[0].figure.class_ == pytest.approx(drifts[1].figure.class_, rel=1e-6)
+
+
+def test_a_part_of_the_points_is_weighted_like_the_whole():
+    probe = build()
+    whole, _ = finish(probe.measure(1))
+    for window in (slice(0, 8), slice(8, 24)):
+        part, _ = finish(probe.measure(1, subset=window))
+        assert whole.over(window) == pytest.approx(part.drift, rel=1e-6)
+    generic_only = next(i for i in range(7) if not any(probe.is_class[i : i + 2]))
+    part, _ = finish(probe.measure(1, subset=slice(generic_only, generic_only + 2)))
+    assert part.drift == pytest.approx(part.figure.generic, rel=1e-6)
+
+
+def test_kept_samples_save_ticks_and_change_no_bit():
+    base, samples = KnownBase(), SampleCache()
+    options = {"generic_prompts": GENERIC, "points": 16, "sample_steps": 3, "samples": samples}
+
+    def made(classes):
+        return finish(DriftProbe.build(base, KnownBank(base), class_prompts=classes, **options))
+
+    first, all_ticks = made(CLASS)
+    again, few_ticks = made(CLASS)
+    assert few_ticks < all_ticks
+    assert torch.equal(first.noised, again.noised)
+    assert first.digest == again.digest
+    other, _ = made(["a cat"])
+    generic = [i for i, prompt in enumerate(other.prompts) if prompt in GENERIC]
+    assert len(generic) == len(GENERIC)
+    assert len(samples.kept) == 3, "the generic list was drawn once"
+    fresh = finish(
+        DriftProbe.build(base, KnownBank(base), class_prompts=["a cat"], **{**options, "samples": None})
+    )[0]
+    assert torch.equal(other.noised, fresh.noised)
+
+
+def test_only_the_newest_lists_are_kept():
+    base, samples = KnownBase(), SampleCache(largest=2)
+    how = Sampling(seed=0, steps=1, guidance=2.0, rows=4)
+    for word in ("one", "two", "one", "three"):
+        finish(samples.samples(base, KnownBank(base), [word], how, lambda: None))
+    assert [key[1] for key in samples.kept] == [("one",), ("three",)]
 
 
 def test_the_base_itself_has_exactly_no_drift():

@@ -59,7 +59,8 @@ def test_every_artifact_of_an_evaluation_can_be_read(
     assert {"evaluation.json", "report.html", "grid.png"} < files.keys()
     document = json.loads(objects.get(done.result["evaluation"]))
     assert document["metrics"] == done.result["metrics"]
-    assert set(document["config"]["generic_prompts"]) == set(GENERIC)
+    assert document["config"]["generic_prompts"] == document["config"]["probe_prompts"]
+    assert document["config"]["probe_prompts"] == list(GENERIC[1::2]), "not what training was steered on"
     pictures = {pair[name] for pair in document["pairs"] for name in ("image", "base_image") if name in pair}
     assert pictures == {name for name in files if name.startswith("pairs/")}
     assert ("image" in document["pairs"][0]) == bool(adapter)

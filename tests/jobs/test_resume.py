@@ -10,22 +10,22 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 from mooring_server.jobs.subjects import PhotoUpload
 from mooring_server.storage.models import Job, JobState
+from mooring_server.training.control import early_steps
 from pictures import png, quarters
 from PIL import Image
-from worker import open_state, running
+from worker import PATIENCE, open_state, running
 
 CONFIG = {
     "method": "spectral",
     "budget": 0.05,
-    "steps": 300,
+    "steps": 90,
     "rank": 2,
     "batch_size": 2,
     "views": 2,
     "checkpoint_every": 10,
-    "preview_every": 150,
+    "preview_every": 45,
     "probe_every": 10,
     "probe_points": 8,
     "control_points": 4,
@@ -56,7 +56,7 @@ def finished(state: Path, base_dir: Path, job: Job) -> Job:
     """Run the job to its end in this process."""
     store, _ = open_state(state)
     with running(state, base_dir):
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + PATIENCE
         while not store.get_job("acme", job.job_id).state.final:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -66,10 +66,11 @@ def finished(state: Path, base_dir: Path, job: Job) -> Job:
     return done
 
 
-def interrupted(state: Path, base_dir: Path, job: Job, *, after_step: int, how: signal.Signals) -> int:
-    """Run the job in a process of its own and end that after a step; returns the last step it reported."""
+def interrupted(state: Path, base_dir: Path, job: Job, *, at_step: int, how: signal.Signals) -> None:
+    """Run the job in a process of its own and end that when it is at a step."""
     store, objects = open_state(state)
-    command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(state), str(base_dir)]
+    script = Path(__file__).with_name("worker.py")
+    command = [sys.executable, str(script), str(state), str(base_dir), str(at_step)]
     with subprocess.Popen(command, env=os.environ | FACTORS) as process:
         try:
             while True:
@@ -78,28 +79,25 @@ def interrupted(state: Path, base_dir: Path, job: Job, *, after_step: int, how: 
                 assert not running_.state.final, running_.error
                 progress = running_.progress or {}
                 saved = objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors")
-                if saved and progress.get("phase") == "training" and progress["step"] >= after_step:
+                if saved and progress.get("phase") == "training" and progress["step"] >= at_step:
                     break
                 time.sleep(0.01)
             process.send_signal(how)
-            assert process.wait(60) == (-9 if how is signal.SIGKILL else 0)
+            assert process.wait(PATIENCE) == (-9 if how is signal.SIGKILL else 0)
         finally:
             process.kill()  # a failed assertion must not leave Popen waiting for a worker without work
     after = store.get_job("acme", job.job_id)
     store.close()
     assert after.state is (JobState.RUNNING if how is signal.SIGKILL else JobState.PENDING)
-    return int(after.progress["step"])
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_and_a_drained_training_end_with_the_same_bits_as_an_undisturbed_one(
     tiny_sd15: Path, tmp_path: Path
 ) -> None:
     disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
     job = new_job(disturbed)
-    killed_at = interrupted(disturbed, tiny_sd15, job, after_step=20, how=signal.SIGKILL)
-    drained_at = interrupted(disturbed, tiny_sd15, job, after_step=killed_at + 20, how=signal.SIGTERM)
-    assert killed_at < drained_at < CONFIG["steps"]
+    interrupted(disturbed, tiny_sd15, job, at_step=25, how=signal.SIGKILL)
+    interrupted(disturbed, tiny_sd15, job, at_step=47, how=signal.SIGTERM)
     done = finished(disturbed, tiny_sd15, job)
     undisturbed = finished(calm, tiny_sd15, new_job(calm))
     assert done.attempts == 3
@@ -115,7 +113,7 @@ def test_a_killed_and_a_drained_training_end_with_the_same_bits_as_an_undisturbe
         files.append(objects.get(adapter.object_key))
         (artifact,) = store.get_job("acme", adapter.job_id).result["artifacts"]
         history = json.loads(objects.get(artifact["object_key"]))
-        assert [row["step"] for row in history] == list(range(10, CONFIG["steps"] + 1, 10))
+        assert {row["step"] for row in history} == early_steps(10) | set(range(10, 91, 10))
         store.close()
     assert files[0] == files[1]
 

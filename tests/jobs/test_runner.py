@@ -11,7 +11,6 @@ from fakes import BASE_DIGEST, FakeTraining, chain, fake_certificate, real_engin
 from mooring_server.engine.adapters import HEADER_KEY
 from mooring_server.engine.engine import Engine
 from mooring_server.errors import MooringError, Reason
-from mooring_server.jobs import runner as runner_module
 from mooring_server.jobs import session as session_module
 from mooring_server.jobs import train_job
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
@@ -379,7 +378,3 @@ def test_an_evaluation_does_not_wait_behind_a_training(store, training, photos, 
     quick = store.create_job("acme", "evaluate", {"adapter": "", "subject": "duck", "config": {}})
     assert ended(store, quick).error["reason"] == "JUDGES_NOT_AVAILABLE"
     assert not store.get_job("acme", long.job_id).state.final
-
-
-def test_default_prompts_can_be_told_apart() -> None:
-    assert len(set(runner_module.GENERIC_PROMPTS)) == len(runner_module.GENERIC_PROMPTS) >= 2

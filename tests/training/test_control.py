@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mooring_server.evaluation.probe import DriftFigure, DriftResult
-from mooring_server.training.control import BACKOFF_TOLERANCE, DriftGauge, back_off, calibration_steps
+from mooring_server.training.control import (
+    BACKOFF_TOLERANCE,
+    EARLY_FACTOR,
+    DriftGauge,
+    back_off,
+    calibration_steps,
+    early_steps,
+)
 
 
 def result(drift):
@@ -20,7 +28,8 @@ def result(drift):
 
 def measured(drift, per_point, energy):
     figure = DriftFigure(drift, drift, drift, None, None, 8, 2, "sha256:0")
-    return DriftResult(figure, per_point, energy, torch.zeros(len(per_point)))
+    none = torch.zeros(len(per_point))
+    return DriftResult(figure, per_point, energy, none, none.bool())
 
 
 def finish(generator):
@@ -109,3 +118,14 @@ def test_calibration_happens_when_a_measurement_does(steps, every):
     assert all(step % every == 0 and step > 0 for step in found)
     if steps >= 4 * every:
         assert len(found) == 3
+
+
+@given(st.integers(1, 200))
+def test_early_measurements_lie_a_factor_apart_until_the_regular_ones_take_over(every):
+    steps = sorted(early_steps(every))
+    assert steps[0] == 1
+    for earlier, later in pairwise(steps):
+        assert later - earlier < every
+        assert later == earlier + 1 or later <= earlier * EARLY_FACTOR
+    assert max(steps[-1] + 1, int(steps[-1] * EARLY_FACTOR)) - steps[-1] >= every
+    assert len(steps) <= 30

@@ -198,7 +198,10 @@ def test_grad_mode_and_adapters_do_not_leak_over_a_yield(base, bank, photos):
 
 def test_a_foreign_checkpoint_is_refused(base, bank, photos):
     store = Memory()
-    finish(start(base, bank, photos, QUICK, store=store), ticks=30)
+    run = start(base, bank, photos, QUICK, store=store)
+    while not store.saves:
+        next(run)
+    run.close()
     other = dataclasses.replace(QUICK, learning_rate=1e-4)
     with pytest.raises(MooringError) as caught:
         finish(start(base, bank, photos, other, store=store))
@@ -232,6 +235,8 @@ def test_progress_tells_phases_and_numbers(base, bank, photos):
     assert all(math.isfinite(report.loss) for report in training)
     measured = [report.drift is not None for report in training]
     assert measured == [report.step >= config.probe_every for report in training]
+    steered = finish(start(base, bank, photos, dataclasses.replace(QUICK, probe_every=6)))
+    assert [row["step"] for row in steered.history] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 24]
     assert all(report.seconds_left >= 0 for report in training)
     assert training[-1].sigma_max > 0
     assert training[-1].layer_sigma.keys() == set(bank.layout.names)

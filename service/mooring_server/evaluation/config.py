@@ -32,8 +32,9 @@ class EvaluationConfig:
     Attributes:
         prompts: subject prompts; `{}` or the placeholder marks the subject. The base draws the same prompt
             with the class noun alone, so that pairs of one seed compare.
-        generic_prompts: prompts without the subject, for CLIP-T and picture changes beside the base, and for
-            the drift probe.
+        generic_prompts: prompts without the subject, drawn for CLIP-T and picture changes beside the base.
+        probe_prompts: generic prompts of the drift probe, at best others than training was steered on;
+            `generic_prompts` where there are none.
         class_noun: what kind of thing the subject is, "dog".
         placeholder: the learned token; empty for an adapter without one.
         seeds: every subject prompt is drawn with each; generic prompts with the first.
@@ -51,6 +52,7 @@ class EvaluationConfig:
 
     prompts: tuple[str, ...] = NEW_SCENES
     generic_prompts: tuple[str, ...] = ()
+    probe_prompts: tuple[str, ...] = ()
     class_noun: str = ""
     placeholder: str = ""
     seeds: tuple[int, ...] = (0,)
@@ -59,7 +61,7 @@ class EvaluationConfig:
     adapter_scale: float = 1.0
     class_samples: int = 8
     sampler: str = "ddim"
-    probe_points: int = 96
+    probe_points: int = 288
     probe_seed: int = 1000
     budget: float | None = None
 
@@ -75,7 +77,8 @@ class EvaluationConfig:
             if not ok:
                 found.append((reason, field, text))
 
-        for name, prompts in (("prompts", self.prompts), ("generic_prompts", self.generic_prompts)):
+        for name in _PROMPTS:
+            prompts = getattr(self, name)
             need(len(prompts) <= 200, name, f"has {len(prompts)} entries, at most 200")
             for i, prompt in enumerate(prompts):
                 need(bool(prompt.strip()), f"{name}[{i}]", "is empty", Reason.EMPTY_PROMPT)
@@ -85,6 +88,7 @@ class EvaluationConfig:
         need(
             len(set(self.generic_prompts)) >= 2, "generic_prompts", "must hold at least two different prompts"
         )
+        need(len(set(self.probe_prompts)) != 1, "probe_prompts", "must hold at least two different prompts")
         need(bool(self.class_noun.strip()), "class_noun", "is empty")
         need(1 <= len(self.seeds) <= 16, "seeds", f"must be 1 to 16 numbers, not {len(self.seeds)}")
         need(all(0 <= seed < 2**63 for seed in self.seeds), "seeds", "must lie between 0 and 2^63 - 1")
@@ -156,7 +160,8 @@ class EvaluationConfig:
         return EvaluationConfig(**values)
 
 
-_TUPLES = ("prompts", "generic_prompts", "seeds")
+_PROMPTS = ("prompts", "generic_prompts", "probe_prompts")
+_TUPLES = (*_PROMPTS, "seeds")
 
 
 def _within(value: float, low: float, high: float) -> bool:

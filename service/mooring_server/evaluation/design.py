@@ -41,15 +41,37 @@ def stratified_timesteps(prompts: int, rounds: int, train_timesteps: int, seed: 
     return (position.flatten() * train_timesteps).long().clamp_(0, train_timesteps - 1)
 
 
+def weighted_ratio(numerator: Tensor, denominator: Tensor, strata: Tensor, weights: Sequence[float]) -> float:
+    """Σ_g w_g·mean_g(numerator) / Σ_g w_g·mean_g(denominator) over the strata that are present.
+
+    With weights of its own, a stratum counts the same however many points it happens to have.
+
+    Args:
+        numerator: [N] per-point values.
+        denominator: [N] per-point values, positive in sum.
+        strata: [N] stratum of each point, an index into `weights`.
+        weights: of the strata, > 0.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    for stratum, weight in enumerate(weights):
+        inside = (strata == stratum).to(numerator.device)
+        if bool(inside.any()):
+            sums[0] += weight * numerator[inside].double().mean().cpu()
+            sums[1] += weight * denominator[inside].double().mean().cpu()
+    return float(sums[0] / sums[1])
+
+
 def bootstrap_ratio(
     numerator: Tensor,
     denominator: Tensor,
     clusters: Tensor,
+    strata: Tensor | None = None,
+    weights: Sequence[float] = (1.0,),
     *,
     resamples: int = BOOTSTRAP_RESAMPLES,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Ratio of sums with its 95 % percentile interval, resampling whole clusters, both sums paired.
+    """`weighted_ratio` with its 95 % percentile interval: clusters resampled within strata, sums paired.
 
     Points of one prompt share an image and are not independent, so prompts are what is resampled (Efron and
     Tibshirani, An Introduction to the Bootstrap, ch. 8). With few prompts the interval is too narrow rather
@@ -59,23 +81,34 @@ def bootstrap_ratio(
         numerator: [N] per-point values.
         denominator: [N] per-point values, positive in sum.
         clusters: [N] integer cluster of each point.
+        strata: [N] stratum of each point, an index into `weights`; a cluster lies in one. None: one stratum.
+        weights: of the strata.
         resamples: bootstrap replicates.
         seed: of the resampling.
 
     Returns:
         (ratio, low, high).
     """
+    within = torch.zeros_like(clusters) if strata is None else strata
     place = {label: i for i, label in enumerate(dict.fromkeys(clusters.tolist()))}
     index = torch.tensor([place[label] for label in clusters.tolist()])
-    count = len(place)
-    sums = torch.zeros(2, count, dtype=torch.float64)
-    sums[0].index_add_(0, index, numerator.double().cpu())
-    sums[1].index_add_(0, index, denominator.double().cpu())
-    ratio = float(sums[0].sum() / sums[1].sum())
-    drawn = torch.randint(count, (resamples, count), generator=counter_generator(seed, "bootstrap"))
-    replicates = sums[0][drawn].sum(1) / sums[1][drawn].sum(1)
-    low, high = replicates.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ratio, low, high
+    # numerator, denominator and number of points of each cluster
+    sums = torch.zeros(3, len(place), dtype=torch.float64)
+    for row, values in enumerate((numerator, denominator, torch.ones(len(index)))):
+        sums[row].index_add_(0, index, values.double().cpu())
+    stratum_of = torch.zeros(len(place), dtype=torch.long)
+    stratum_of[index] = within.long().cpu()
+    generator = counter_generator(seed, "bootstrap")
+    replicates = torch.zeros(2, resamples, dtype=torch.float64)
+    for stratum, weight in enumerate(weights):
+        members = torch.nonzero(stratum_of == stratum)[:, 0]
+        if len(members):
+            drawn = members[torch.randint(len(members), (resamples, len(members)), generator=generator)]
+            picked = sums[:, drawn].sum(2)
+            replicates += weight * picked[:2] / picked[2]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = (replicates[0] / replicates[1]).quantile(ends).tolist()
+    return weighted_ratio(numerator, denominator, within, weights), low, high
 
 
 def interleave(generic: Sequence[str], class_: Sequence[str]) -> tuple[tuple[str, ...], tuple[bool, ...]]:

@@ -28,10 +28,11 @@ from mooring_server.engine.base import BaseModel
 from mooring_server.engine.sampling import MAX_BATCH, SampleRow, sample
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation import certificate, metrics
+from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.judges import IMAGES_PER_PASS, Judges
-from mooring_server.evaluation.probe import DriftFigure, DriftProbe
-from mooring_server.evaluation.prompts import class_prompts
+from mooring_server.evaluation.probe import ROWS_PER_TICK, SAMPLE_STEPS, DriftFigure, DriftProbe
+from mooring_server.evaluation.prompts import HELD_OUT_TEMPLATES, class_prompts
 from mooring_server.evaluation.result import CLASS, GENERIC, PLAIN, SUBJECT, EvaluationResult, ImagePair
 
 T = TypeVar("T")
@@ -68,6 +69,7 @@ class EvaluationCache:
     max_probes: int = 4
     images: OrderedDict[tuple[object, ...], Image_HW3] = field(default_factory=OrderedDict)
     probes: OrderedDict[tuple[object, ...], DriftProbe] = field(default_factory=OrderedDict)
+    samples: SampleCache = field(default_factory=SampleCache)
 
     def trim(self) -> None:
         """Drop what was used least recently, beyond the bounds."""
@@ -192,8 +194,8 @@ def _require_usable(
             remedy="Use the placeholder it was trained with.",
             fields=[FieldViolation("placeholder", "is not the adapter's")],
         )
-    for name, prompts in (("prompts", config.prompts), ("generic_prompts", config.generic_prompts)):
-        for i, prompt in enumerate(prompts):
+    for name in ("prompts", "generic_prompts", "probe_prompts"):
+        for i, prompt in enumerate(getattr(config, name)):
             base.require_prompt_fits(config.adapted_prompt(prompt), learned, field=f"{name}[{i}]")
 
 
@@ -258,16 +260,18 @@ def _draw_base(
 def _probe(
     base: BaseModel, bank: AdapterBank, config: EvaluationConfig, cache: EvaluationCache
 ) -> Generator[None, None, DriftProbe]:
-    key = (base.digest, config.generic_prompts, config.class_noun, config.probe_points, config.probe_seed)
+    generic = config.probe_prompts or config.generic_prompts
+    key = (base.digest, generic, config.class_noun, config.probe_points, config.probe_seed)
     probe = cache.probes.get(key)
     if probe is None or probe.bank is not bank:
         probe = yield from DriftProbe.build(
             base,
             bank,
-            generic_prompts=config.generic_prompts,
-            class_prompts=class_prompts(base, config.class_noun),
+            generic_prompts=generic,
+            class_prompts=class_prompts(base, config.class_noun, HELD_OUT_TEMPLATES),
             points=config.probe_points,
             seed=config.probe_seed,
+            samples=cache.samples,
         )
         cache.probes[key] = probe
     cache.probes.move_to_end(key)
@@ -356,7 +360,11 @@ def _summarise(pairs: Sequence[ImagePair]) -> tuple[dict[str, float], dict[str, 
 def _units(config: EvaluationConfig, shots: Sequence[_Shot], *, adapted: bool) -> int:
     drawing = -(-len(shots) // MAX_BATCH) * config.steps + len(shots)
     judging = 1 + 2 * -(-len(shots) // IMAGES_PER_PASS)
-    return (drawing + judging) * (2 if adapted else 1) + (config.probe_points // 4 if adapted else 0)
+    if not adapted:
+        return drawing + judging
+    prompts = len(config.probe_prompts or config.generic_prompts) + len(HELD_OUT_TEMPLATES)
+    probe = SAMPLE_STEPS * prompts // (ROWS_PER_TICK // 2) + 3 * config.probe_points // ROWS_PER_TICK
+    return 2 * (drawing + judging) + probe
 
 
 class _Meter:

@@ -5,7 +5,9 @@
     drift  = D / energy                                       (method.md section 3; P&P, arXiv 2505.19519)
 
 What the expectation runs over is fixed once and named by a digest: prompts (generic ones and ones with the
-subject's class noun) × stratified timesteps × counter-based noise. z_t is noised from the base's *own*
+subject's class noun) × stratified timesteps × counter-based noise. Class prompts count for `CLASS_WEIGHT` of
+both expectations, however many there are: drifts of two probes compare although their prompts differ, which
+is what lets a run be steered on one set of prompts and judged on another. z_t is noised from the base's *own*
 guided samples of the prompt, because that is where the base is queried when it is used: photos of a data
 set would measure the gap between data and base as well. Everything of the base is computed once and kept.
 
@@ -36,15 +38,22 @@ from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.bank import AdapterBank, TrainingSlot
 from mooring_server.engine.base import BaseModel, PromptEmbeds
 from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.evaluation.base_samples import SAMPLER, Predictor, SampleCache, Sampling, latent_shape
 from mooring_server.evaluation.design import (
     bootstrap_ratio,
     counter_generator,
     interleave,
     stratified_timesteps,
+    weighted_ratio,
 )
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 ROWS_PER_TICK = 16
+SAMPLE_STEPS = 8
+CLASS_WEIGHT = 0.125
+"""Share of the class prompts in a drift. They are the concept that training pulls at, and one of hundreds."""
+WEIGHTS = (1 - CLASS_WEIGHT, CLASS_WEIGHT)
+"""Of generic and class points."""
 
 OnProgress = Callable[[int, int], None]
 
@@ -100,12 +109,20 @@ class DriftResult:
         per_point: [points] squared epsilon difference, mean over latent elements.
         energy_per_point: [points] the base's guidance energy at the same points.
         prompt_index: [points] index into the probe's prompts.
+        from_class: [points] bool, whether the prompt is a class prompt.
     """
 
     figure: DriftFigure
     per_point: Tensor
     energy_per_point: Tensor
     prompt_index: Tensor
+    from_class: Tensor
+
+    def over(self, points: slice) -> float:
+        """The drift of some of the points."""
+        return weighted_ratio(
+            self.per_point[points], self.energy_per_point[points], self.from_class[points].long(), WEIGHTS
+        )
 
     @property
     def drift(self) -> float:
@@ -147,7 +164,7 @@ class DriftProbe:
         embeds: prompt embeddings, one row per prompt.
         base_eps: [N,C,H,W] the base's conditional epsilon.
         energy_per_point: [N] squared guidance difference of the base, mean over latent elements.
-        guidance_energy: its mean.
+        guidance_energy: its weighted mean.
         digest: of prompts, seed, timesteps, sampling settings and the base's digest.
     """
 
@@ -193,9 +210,10 @@ class DriftProbe:
         class_prompts: Sequence[str],
         points: int = 96,
         seed: int = 0,
-        sample_steps: int = 12,
+        sample_steps: int = SAMPLE_STEPS,
         sample_guidance: float = 4.0,
         rows_per_tick: int = ROWS_PER_TICK,
+        samples: SampleCache | None = None,
         on_progress: OnProgress | None = None,
     ) -> Generator[None, None, DriftProbe]:
         """Sample the base on every prompt, noise the samples, keep the base's predictions. One yield a tick.
@@ -205,13 +223,14 @@ class DriftProbe:
             bank: whose zero slot is the base itself.
             generic_prompts: prompts that have nothing to do with the subject.
             class_prompts: prompts with the subject's class noun and without its placeholder.
-            points: wanted number of probe points; rounded up to whole rounds over the prompts, so never
-                less than one point per prompt.
+            points: wanted number of probe points; the nearest number of whole rounds over the prompts is
+                taken, at least one.
             seed: of noise, timesteps and base samples.
-            sample_steps: DDIM steps of the base samples; short, as only z_t is needed from them.
+            sample_steps: denoising steps of the base samples; few, as only z_t is needed from them.
             sample_guidance: guidance scale of the base samples.
             rows_per_tick: UNet rows in one tick.
-            on_progress: called with (ticks done, ticks in all).
+            samples: keeps the base samples for other probes with the same prompts.
+            on_progress: called with (ticks done, ticks in all at most).
 
         Raises:
             MooringError: INVALID_FIELD with fewer than two prompts; PROMPT_TOO_LONG from the tokenizer;
@@ -225,12 +244,14 @@ class DriftProbe:
                 remedy="Give several generic prompts; at least a dozen make the interval trustworthy.",
                 fields=[FieldViolation("generic_prompts", "at least two different prompts")],
             )
-        rounds = max(1, -(-points // len(prompts)))
+        rounds = max(1, round(points / len(prompts)))
         timesteps = stratified_timesteps(len(prompts), rounds, base.num_train_timesteps, seed)
         total = len(timesteps)
         spans = _spans(total, rows_per_tick)
-        sample_spans = _spans(len(prompts), max(1, rows_per_tick // 2))
-        ticks, done = len(sample_spans) * sample_steps + 2 * len(spans), 0
+        how = Sampling(seed, sample_steps, sample_guidance, rows_per_tick)
+        kinds = [[p for p, c in zip(prompts, is_class, strict=True) if c is kind] for kind in (False, True)]
+        ticks = sum(len(_spans(len(kind), max(1, rows_per_tick // 2))) for kind in kinds) * sample_steps
+        ticks, done = ticks + 2 * len(spans), 0
 
         def tick() -> None:
             nonlocal done
@@ -238,35 +259,19 @@ class DriftProbe:
             if on_progress is not None:
                 on_progress(done, ticks)
 
-        untouched = _Predictor(base, bank)
+        kept = samples if samples is not None else SampleCache()
+        x0_of: dict[str, Tensor] = {}
+        for kind in kinds:
+            drawn = yield from kept.samples(base, bank, kind, how, tick)
+            x0_of |= dict(zip(kind, drawn, strict=True))
+        untouched = Predictor(base, bank)
         embeds, empty = untouched.encode(prompts), untouched.empty()
-        side = base.native_size // base.vae_scale_factor
-        shape = (base.latent_channels, side, side)
-
-        def noise(purpose: str, rows: range) -> Tensor:
-            drawn = [torch.randn(shape, generator=counter_generator(seed, purpose, i)) for i in rows]
-            return torch.stack(drawn).to(embeds.hidden)
-
-        samples = []
-        for span in sample_spans:
-            rows = range(len(prompts))[span]
-            guided = PromptEmbeds.cat([embeds.rows(list(rows)), empty.rows([0] * len(rows))])
-            samples.append(
-                (
-                    yield from _guided_samples(
-                        untouched,
-                        noise("x0", rows),
-                        guided,
-                        steps=sample_steps,
-                        guidance_scale=sample_guidance,
-                        tick=tick,
-                    )
-                )
-            )
         which = torch.arange(total) % len(prompts)
-        x0 = torch.cat(samples)
+        x0 = torch.stack([x0_of[prompt] for prompt in prompts])
         device_timesteps = timesteps.to(x0.device)
-        noised = base.add_noise(x0[which.to(x0.device)], noise("noise", range(total)), device_timesteps)
+        shape = latent_shape(base)
+        noise = [torch.randn(shape, generator=counter_generator(seed, "noise", i)) for i in range(total)]
+        noised = base.add_noise(x0[which.to(x0.device)], torch.stack(noise).to(x0), device_timesteps)
         base_eps, energy = [], []
         for span in spans:
             z, t, prompt_rows = noised[span], device_timesteps[span], which[span].tolist()
@@ -277,7 +282,10 @@ class DriftProbe:
             tick()
             yield
         energy_per_point = torch.cat(energy)
-        guidance_energy = float(energy_per_point.mean())
+        from_class = torch.tensor(is_class)[which].long()
+        guidance_energy = weighted_ratio(
+            energy_per_point, torch.ones_like(energy_per_point), from_class, WEIGHTS
+        )
         if not guidance_energy > 0:
             raise MooringError(
                 Reason.BASE_NOT_USABLE,
@@ -300,8 +308,10 @@ class DriftProbe:
                 base=base.digest,
                 prompts=prompts,
                 is_class=is_class,
+                class_weight=CLASS_WEIGHT,
                 timesteps=timesteps.tolist(),
                 seed=seed,
+                sampler=SAMPLER,
                 sample_steps=sample_steps,
                 sample_guidance=sample_guidance,
                 size=base.native_size,
@@ -331,7 +341,7 @@ class DriftProbe:
             MooringError: ADAPTER_NOT_FINITE when the adapted predictions are not finite.
         """
         chosen = range(self.points)[subset if subset is not None else slice(None)]
-        adapted = _Predictor(self.base, self.bank, slot, scale)
+        adapted = Predictor(self.base, self.bank, slot, scale)
         tokens = tuple(embeddings.tokens) if embeddings is not None else ()
         embeds = self.embeds
         if any(token.lower() in prompt.lower() for token in tokens for prompt in self.prompts):
@@ -354,10 +364,13 @@ class DriftProbe:
                 remedy="Train again with a smaller learning rate, or use a smaller adapter scale.",
             )
         energy, which = self.energy_per_point[span], self.prompt_index[span]
-        drift, low, high = bootstrap_ratio(per_point, energy, which, seed=self.seed)
-        from_class = torch.tensor(self.is_class)[which].to(per_point.device)
+        from_class = torch.tensor(self.is_class)[which]
+        drift, low, high = bootstrap_ratio(
+            per_point, energy, which, from_class.long(), WEIGHTS, seed=self.seed
+        )
 
         def share(mask: Tensor) -> float | None:
+            mask = mask.to(per_point.device)
             return float(per_point[mask].sum() / energy[mask].sum()) if bool(mask.any()) else None
 
         figure = DriftFigure(
@@ -371,7 +384,7 @@ class DriftProbe:
             probe_digest=self.digest,
             adapter_scale=scale,
         )
-        return DriftResult(figure, per_point, energy, which)
+        return DriftResult(figure, per_point, energy, which, from_class)
 
 
 def _spans(total: int, size: int) -> list[slice]:
@@ -380,67 +393,6 @@ def _spans(total: int, size: int) -> list[slice]:
 
 def _digest(**content: object) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _Predictor:
-    """The base with one adapter, called without gradients.
-
-    no_grad and the bank's row context are held inside one call: a context left open over a `yield` would
-    leak into whatever task the engine runs in the next tick.
-    """
-
-    base: BaseModel
-    bank: AdapterBank
-    slot: int | TrainingSlot = 0
-    scale: float = 1.0
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], embeddings: LearnedEmbeddings | None = None) -> PromptEmbeds:
-        return self.base.encode_prompt(prompts, embeddings)
-
-    @torch.no_grad()
-    def empty(self) -> PromptEmbeds:
-        """One row: what this base takes for "no condition"."""
-        return self.base.encode_negative([""])
-
-    @torch.no_grad()
-    def raw(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """The network's own output (epsilon or v), [B,C,H,W]."""
-        if isinstance(self.slot, int):
-            with self.bank.rows([self.slot] * len(latents), [self.scale] * len(latents)):
-                return self.base.predict(latents, timesteps, embeds)
-        with self.slot.active(self.scale):
-            return self.base.predict(latents, timesteps, embeds)
-
-    @torch.no_grad()
-    def eps(self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds) -> Tensor:
-        """Epsilon in float32, [B,C,H,W]."""
-        return self.base.to_eps(self.raw(latents, timesteps, embeds), latents, timesteps).float()
-
-
-def _guided_samples(
-    base: _Predictor,
-    noise: Tensor,
-    conditional_and_empty: PromptEmbeds,
-    *,
-    steps: int,
-    guidance_scale: float,
-    tick: Callable[[], None],
-) -> Generator[None, None, Tensor]:
-    """Latents [B,C,H,W] of guided DDIM from the given noise, one step a tick."""
-    scheduler = base.base.new_scheduler("ddim")
-    scheduler.set_timesteps(steps)
-    latents: Tensor = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        rows = timestep.to(latents.device).expand(2 * len(latents))
-        prediction = base.raw(torch.cat([latents, latents]), rows, conditional_and_empty)
-        conditional, empty = prediction.chunk(2)
-        guided = empty + guidance_scale * (conditional - empty)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
-        tick()
-        yield
-    return latents
 
 
 def _point_mse(a: Tensor, b: Tensor) -> Tensor:

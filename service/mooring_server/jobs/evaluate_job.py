@@ -17,6 +17,7 @@ from mooring_server.evaluation import report
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.evaluate import EvaluationCache, EvaluationProgress, evaluate
 from mooring_server.evaluation.judges import Judges
+from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.evaluation.result import EvaluationResult, png
 from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
@@ -30,8 +31,7 @@ class EvaluateJob:
         base: the resident base.
         bank: its bank.
         judges: CLIP and DINO; None where none are configured.
-        generic_prompts: used where the spec names none.
-        scene_prompts: subject prompts (with `{}`) used where the spec names none.
+        prompts: used where the spec names none, and to measure drift with.
     """
 
     def __init__(
@@ -39,12 +39,14 @@ class EvaluateJob:
         base: BaseModel,
         bank: AdapterBank,
         judges: Judges | None,
-        *,
-        generic_prompts: Sequence[str],
-        scene_prompts: Sequence[str],
+        prompts: PromptSets,
     ) -> None:
         self._base, self._bank, self._judges = base, bank, judges
-        self._defaults = {"prompts": list(scene_prompts), "generic_prompts": list(generic_prompts)}
+        self._defaults = {
+            "prompts": prompts.scenes,
+            "generic_prompts": prompts.generic,
+            "probe_prompts": prompts.held_out,
+        }
         self._cache = EvaluationCache()
 
     def run(self, session: JobSession) -> None:

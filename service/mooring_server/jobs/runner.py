@@ -25,6 +25,7 @@ from mooring_server.engine.model import BaseModel
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
+from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PromptSets
 from mooring_server.jobs.evaluate_job import EvaluateJob
 from mooring_server.jobs.session import JobSession, Stop, StoppedError, Submitter, Timing
 from mooring_server.jobs.train_job import TrainJob
@@ -35,17 +36,6 @@ from mooring_server.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-GENERIC_PROMPTS = (
-    "a photo of a house",
-    "a photo of a tree in a field",
-    "a photo of a cup on a table",
-    "a photo of a car on a road",
-    "a photo of a boat on the sea",
-    "a photo of a bird in the sky",
-    "a photo of a flower in a garden",
-    "a photo of a chair in a room",
-)
-"""For bases that come without a list of prompts they are known to draw well."""
 _BUSY = {Reason.QUEUE_FULL, Reason.DRAINING}
 
 
@@ -76,8 +66,7 @@ class RunnerSettings:
         poll_seconds: how often other processes' changes are looked for.
         progress_seconds: least time between two progress events of a job.
         drain_seconds: how long a training may take to the end of its step when the server stops.
-        generic_prompts: prompts that have nothing to do with any subject.
-        scene_prompts: subject prompts (with `{}`) of an evaluation that names none.
+        prompts: what is drawn and measured with where a job names nothing.
     """
 
     worker: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
@@ -85,8 +74,7 @@ class RunnerSettings:
     poll_seconds: float = 0.5
     progress_seconds: float = 0.5
     drain_seconds: float = 10.0
-    generic_prompts: tuple[str, ...] = GENERIC_PROMPTS
-    scene_prompts: tuple[str, ...] = NEW_SCENES
+    prompts: PromptSets = field(default_factory=lambda: PromptSets.of(NEW_SCENES, GENERIC_PROMPTS))
 
 
 class JobRunner:
@@ -120,14 +108,8 @@ class JobRunner:
         self._observer = observer
         self._timing = Timing(settings.lease_seconds, settings.poll_seconds, settings.progress_seconds)
         self._works: Mapping[str, JobWork] = {
-            "train": TrainJob(base, bank, settings.generic_prompts),
-            "evaluate": EvaluateJob(
-                base,
-                bank,
-                judges,
-                generic_prompts=settings.generic_prompts,
-                scene_prompts=settings.scene_prompts,
-            ),
+            "train": TrainJob(base, bank, settings.prompts.steering),
+            "evaluate": EvaluateJob(base, bank, judges, settings.prompts),
         }
         self._wakes = {kind: threading.Event() for kind in self._works}
         self._stopping = threading.Event()

@@ -15,6 +15,7 @@ from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.policy import TaskClass
 from mooring_server.evaluation import certificate
+from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
 from mooring_server.storage.models import Document
@@ -28,11 +29,12 @@ class TrainJob:
     Args:
         base: the resident base.
         bank: its bank.
-        generic_prompts: prompts of the drift probe.
+        generic_prompts: prompts of the drift probe that a run is steered on.
     """
 
     def __init__(self, base: BaseModel, bank: AdapterBank, generic_prompts: Sequence[str]) -> None:
         self._base, self._bank, self._generic_prompts = base, bank, tuple(generic_prompts)
+        self._samples = SampleCache()
 
     def run(self, session: JobSession) -> None:
         """Train, certify and publish; the job has SUCCEEDED when this returns.
@@ -56,6 +58,7 @@ class TrainJob:
                 placeholder=subject.placeholder,
                 generic_prompts=self._generic_prompts,
                 checkpoint=session,
+                samples=self._samples,
                 on_progress=lambda progress: _report(session, progress),
             ),
             TaskClass.TRAINING,

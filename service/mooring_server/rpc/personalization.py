@@ -247,8 +247,8 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
     given = convert.evaluation_document(request.config)
     wanted = EvaluationConfig.from_json(
         {
-            "prompts": runtime.scene_prompts,
-            "generic_prompts": runtime.generic_prompts,
+            "prompts": runtime.prompts.scenes,
+            "generic_prompts": runtime.prompts.generic,
             "class_noun": subject.class_noun,
             "placeholder": "" if adapter is None else adapter.placeholder,
             **given,

@@ -10,6 +10,7 @@ from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import BaseModel
 from mooring_server.engine.engine import Engine
 from mooring_server.errors import MooringError, Reason
+from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.rpc.adapter_cache import AdapterCache
 from mooring_server.rpc.edge import Gate
 from mooring_server.storage.objects import ObjectStore
@@ -24,8 +25,7 @@ class Runtime:
     Attributes:
         base_name: the base model's name to show.
         judges_available: whether evaluation jobs can run.
-        generic_prompts: prompts about things the base knows, for evaluations that name none.
-        scene_prompts: subject prompts with `{}`, for evaluations that name none.
+        prompts: what evaluations draw that name nothing.
         version: of the software.
     """
 
@@ -40,8 +40,7 @@ class Runtime:
     adapters: AdapterCache
     base_name: str
     judges_available: bool
-    generic_prompts: tuple[str, ...]
-    scene_prompts: tuple[str, ...]
+    prompts: PromptSets
     version: str
 
 

@@ -64,8 +64,8 @@ class TrainConfig:
         prior_images: class images the base draws for `prior_preservation`.
         checkpoint_every: steps between checkpoints.
         preview_every: steps between preview images; 0 for none.
-        probe_every: steps between drift measurements on the control subset.
-        probe_points: points of the full drift probe.
+        probe_every: steps between drift measurements on the control subset; the first ones come sooner.
+        probe_points: points of the full drift probe, rounded to whole rounds over its prompts.
         control_points: points of the control subset.
     """
 
@@ -86,9 +86,9 @@ class TrainConfig:
     prior_images: int = 32
     checkpoint_every: int = 50
     preview_every: int = 100
-    probe_every: int = 10
+    probe_every: int = 5
     probe_points: int = 96
-    control_points: int = 16
+    control_points: int = 12
 
     @property
     def target_drift(self) -> float | None:

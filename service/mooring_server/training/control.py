@@ -1,5 +1,9 @@
 """Drift during training and at its end: cheap measurements, calibrated by exact ones, and the final back-off.
 
+At first the drift grows by a power of the step: measured at steps that lie a constant factor apart, it grows
+by about the same factor between any two measurements, and the controller sees it coming. Once those steps lie
+further apart than the regular interval, the regular interval takes over.
+
 During training a fixed window of the probe is measured every few steps. A fixed window has a bias (its points
 are not all points) but little variance from one measurement to the next, which is what a controller needs;
 at a quarter, half and three quarters of the run the whole probe is measured as well, and the ratio of the two
@@ -23,6 +27,8 @@ from mooring_server.evaluation.probe import DriftProbe, DriftResult
 BACKOFF_TOLERANCE = 0.02
 """The back-off stops within [(1 - tolerance)·ρ, ρ]."""
 MAX_BACKOFF_MEASUREMENTS = 12
+EARLY_FACTOR = 1.25
+"""Between two early measurements."""
 CALIBRATION_SHARES = (0.25, 0.5, 0.75)
 
 
@@ -53,11 +59,19 @@ class DriftGauge:
     def calibrate(self, slot: TrainingSlot) -> Generator[None, None, float]:
         """Drift now, from the whole probe; corrects later estimates. One yield a tick."""
         whole = yield from self.probe.measure(slot)
-        inside = self.window
-        window = float(whole.per_point[inside].sum() / whole.energy_per_point[inside].sum())
+        window = whole.over(self.window)
         if window > 0.0 and whole.drift > 0.0:
             self.correction = whole.drift / window
         return whole.drift
+
+
+def early_steps(every: int) -> frozenset[int]:
+    """Steps after which drift is measured before steps `EARLY_FACTOR` apart lie `every` apart."""
+    found, step = {1}, 1
+    while (following := max(step + 1, int(step * EARLY_FACTOR))) - step < every:
+        step = following
+        found.add(step)
+    return frozenset(found)
 
 
 def calibration_steps(steps: int, every: int) -> frozenset[int]:

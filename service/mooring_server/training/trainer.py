@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mooring_kernels.spectral import Kind, SpectralState, add_gradient_, penalty, value
+from mooring_kernels.spectral import Kind, SpectralState, add_gradient_, penalty
 from PIL import Image
 from torch import Tensor
 
@@ -25,12 +25,13 @@ from mooring_server.engine.bank import AdapterBank, TrainingSlot
 from mooring_server.engine.base import BaseModel, PromptEmbeds
 from mooring_server.engine.sampling import SampleRow, sample
 from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.evaluation.probe import DriftProbe, DriftResult
 from mooring_server.evaluation.prompts import class_prompts
 from mooring_server.training.budget import BudgetController
 from mooring_server.training.checkpoint import Checkpoint, CheckpointStore, not_usable
 from mooring_server.training.config import Method, TrainConfig
-from mooring_server.training.control import DriftGauge, back_off, calibration_steps
+from mooring_server.training.control import DriftGauge, back_off, calibration_steps, early_steps
 from mooring_server.training.data import batch_indices, cache_latents, subject_prompts
 from mooring_server.training.objectives import denoising_loss, draw
 from mooring_server.training.optimiser import FlatAdam, clip_, schedule
@@ -44,10 +45,10 @@ PENALTY: dict[Method, Kind] = {
     Method.SPECTRAL: "spectral",
 }
 LARGEST_GRADIENT = 1.0
-SETPOINT = 1.08
+SETPOINT = 1.04
 """The controller steers a little above the budget: the end can scale an update down to it, never up."""
 SMOOTHING = 0.1
-"""Weight of the newest step in the moving averages of loss, gradient projection and step time."""
+"""Weight of the newest step in the moving averages of loss, gradient norm and step time."""
 PREVIEW_STEPS = 12
 PREVIEW_GUIDANCE = 4.0
 PRIOR_STEPS = 20
@@ -113,6 +114,7 @@ def train(
     generic_prompts: Sequence[str],
     checkpoint: CheckpointStore,
     on_progress: Callable[[TrainProgress], None],
+    samples: SampleCache | None = None,
 ) -> Generator[None, None, TrainResult]:
     """Teach the base a subject, within a drift budget.
 
@@ -126,6 +128,7 @@ def train(
         generic_prompts: prompts unlike the subject, for the drift probe.
         checkpoint: loaded at the start, saved every `config.checkpoint_every` steps.
         on_progress: called from the thread that runs the ticks.
+        samples: keeps what the base drew for the probe for the next run.
 
     Raises:
         MooringError: INVALID_FIELD, SUBJECT_HAS_NO_PHOTOS, PROMPT_TOO_LONG, CHECKPOINT_NOT_USABLE,
@@ -133,7 +136,9 @@ def train(
     """
     config.validate()
     _require_targets(bank, config)
-    run = _Run(base, bank, config, class_noun, placeholder, tuple(generic_prompts), checkpoint, on_progress)
+    run = _Run(
+        base, bank, config, class_noun, placeholder, tuple(generic_prompts), checkpoint, on_progress, samples
+    )
     run.slot = bank.training_slot(rank=config.rank, seed=config.seed, targets=config.targets)
     try:
         yield from run.prepare(photos)
@@ -156,6 +161,7 @@ class _Run:
     generic_prompts: tuple[str, ...]
     checkpoints: CheckpointStore
     on_progress: Callable[[TrainProgress], None]
+    samples: SampleCache | None = None
     step: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     controller: BudgetController | None = None
@@ -204,6 +210,7 @@ class _Run:
             generic_prompts=self.generic_prompts,
             class_prompts=classes,
             points=config.probe_points,
+            samples=self.samples,
         )
         self.gauge = DriftGauge(probe, config.control_points, self.correction)
 
@@ -259,7 +266,7 @@ class _Run:
         self._descend()
         self.step += 1
         yield
-        if self.step % self.config.probe_every == 0:
+        if self._due():
             yield from self._measure()
         previews: tuple[Tensor, ...] = ()
         if self.config.preview_every and self.step % self.config.preview_every == 0:
@@ -292,7 +299,7 @@ class _Run:
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise self._diverged(f"the loss is {total} and its gradient's norm {norm}")
         self._average("loss", total)
-        self._average("projection", -float(torch.dot(slot.flat_grad, slot.flat)))
+        self._average("gradient", min(norm, LARGEST_GRADIENT))
         kind = PENALTY.get(config.method)
         if kind is not None:
             self.norms = add_gradient_(slot.layout, slot.flat, slot.flat_grad, self.strength, kind=kind)
@@ -337,6 +344,20 @@ class _Run:
 
     # ------------------------------------------------------------------ drift
 
+    def _due(self) -> bool:
+        """Whether drift is measured after this step."""
+        every = self.config.probe_every
+        steered = self.controller is not None
+        return self.step % every == 0 or (steered and self.step in early_steps(every))
+
+    def _balance(self, kind: Kind) -> float:
+        """The strength at which the penalty's gradient is as long as the loss's; 0 where it has none."""
+        slot = self.slot
+        gradient = slot.flat_grad.zero_()  # free between two steps
+        add_gradient_(slot.layout, slot.flat, gradient, 1.0, kind=kind)
+        norm = float(gradient.norm())
+        return self.averages["gradient"] / norm if norm > 0 else 0.0
+
     def _measure(self) -> Generator[None, None, None]:
         """Estimate the drift, steer λ by it and log."""
         if not bool(torch.isfinite(self.slot.flat).all()):
@@ -348,10 +369,8 @@ class _Run:
         kind = PENALTY.get(self.config.method)
         self.norms = penalty(self.slot.layout, self.slot.flat)
         if self.controller is not None and kind is not None:
-            size = value(self.slot.layout, self.slot.flat, kind, self.norms)
-            degree = 2 if kind == "factor_decay" else 4
-            balance = abs(self.averages["projection"]) / (degree * size) if size > 0 else 0.0
-            self.controller.update(self.drift, balance)
+            since = self.step - (int(self.history[-1]["step"]) if self.history else 0)
+            self.controller.update(self.drift, self._balance(kind), since / self.config.probe_every)
         self.history.append(
             {
                 "step": self.step,

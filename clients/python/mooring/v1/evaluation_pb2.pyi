@@ -81,7 +81,9 @@ class EvaluationConfig(_message.Message):
 
     @_builtins.property
     def generic_prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Prompts without the subject, which the adapter should leave as they are; 2 to 200. Default: the server's set."""
+        """Prompts without the subject, which the adapter should leave as they are; 2 to 200. Default: the server's set.
+        They are drawn; drift is measured on prompts of the server's own, which no training was steered on.
+        """
 
     @_builtins.property
     def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

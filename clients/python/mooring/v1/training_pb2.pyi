@@ -197,7 +197,7 @@ class TrainingConfig(_message.Message):
     flip: _builtins.bool
     """Whether every second view is mirrored; wrong for whatever carries text. Default: false."""
     probe_every: _builtins.int
-    """Steps between two drift measurements that steer the penalty strength, 1 to 20,000. Default: 10."""
+    """Steps between two drift measurements that steer the penalty strength, 1 to 20,000. Default: 5."""
     def __init__(
         self,
         *,
