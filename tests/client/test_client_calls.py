@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ Call = Callable[..., Awaitable[Any]]
 async def call(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncIterator[Call]:
     """`await call("method", …)` on either client; streams come back as lists."""
     if request.param == "sync":
-        with mooring.Client(server.target, timeout=5) as client:
+        with mooring.Client(server.target, timeout=240) as client:
 
             async def run(name: str, *args: Any, **kwargs: Any) -> Any:
                 result = getattr(client, name)(*args, **kwargs)
@@ -38,7 +39,7 @@ async def call(request: pytest.FixtureRequest, server: ScriptedServer) -> AsyncI
 
             yield run
     else:
-        async with mooring.aio.Client(server.target, timeout=5) as client:
+        async with mooring.aio.Client(server.target, timeout=240) as client:
 
             async def run_async(name: str, *args: Any, **kwargs: Any) -> Any:
                 result = getattr(client, name)(*args, **kwargs)
@@ -153,7 +154,7 @@ async def test_deadline_of_a_stream(server: ScriptedServer, call: Call) -> None:
     def answer(_: Any, context: Any) -> Any:
         yield personalization_pb2.GenerateResponse(queued=personalization_pb2.GenerateQueued(position=3))
         while context.is_active():
-            pass
+            time.sleep(0.005)
 
     server.answers["Generate"] = answer
     with pytest.raises(errors.DeadlineExceededError):

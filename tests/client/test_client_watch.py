@@ -98,7 +98,7 @@ def test_watch_outlives_a_restart_of_the_server(server: ScriptedServer) -> None:
     server.answers["WatchJob"] = before
 
     def restart() -> None:
-        started.wait(10)
+        assert started.wait(240)
         server.stop()
         time.sleep(0.5)
         server.answers["WatchJob"] = after
@@ -107,7 +107,7 @@ def test_watch_outlives_a_restart_of_the_server(server: ScriptedServer) -> None:
     thread = threading.Thread(target=restart)
     thread.start()
     with mooring.Client(server.target) as client:
-        events = list(client.watch("1", patience=20))
+        events = list(client.watch("1", patience=240))
     thread.join()
     assert [event.sequence for event in events] == [1, 2, 2]
 
@@ -116,7 +116,7 @@ def test_watch_of_a_server_that_never_was_fails_soon() -> None:
     start = time.monotonic()
     with mooring.Client("127.0.0.1:1") as client, pytest.raises(errors.UnavailableError):
         list(client.watch("1"))
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 120, "patience is for servers that were there"
 
 
 def test_watch_gives_up_after_its_patience(server: ScriptedServer) -> None:
@@ -179,7 +179,7 @@ def test_leaving_the_iterator_cancels_the_call(server: ScriptedServer) -> None:
         watch = client.watch("1")
         assert next(watch).sequence == 1
         watch.close()
-        assert gone.wait(5)
+        assert gone.wait(240)
 
 
 def test_wait_returns_the_succeeded_job_and_raises_for_a_failed_one(server: ScriptedServer) -> None:

@@ -36,7 +36,10 @@ def weights_of(state: str) -> AdapterWeights:
 
 
 class FakeTraining:
-    """Stands in for `training.trainer.train`; `at` maps a step to what happens before it."""
+    """Stands in for `training.trainer.train`; `at` maps a step to what happens before it.
+
+    Before step `hold_at` it waits until its server drains, however long that takes; `held` says that it waits.
+    """
 
     def __init__(self) -> None:
         self.steps_run: list[int] = []
@@ -44,6 +47,8 @@ class FakeTraining:
         self.at: dict[int, Callable[[], None]] = {}
         self.loss = 0.5
         self.progressed = threading.Event()
+        self.hold_at: int | None = None
+        self.held = threading.Event()
         self.step_seconds = 0.0
         self.checkpoint_every = 10
 
@@ -57,6 +62,10 @@ class FakeTraining:
         try:
             while step < config.steps:
                 self.at.pop(step, lambda: None)()
+                if step == self.hold_at:
+                    self.held.set()
+                    while not checkpoint.wanted():
+                        time.sleep(0.001)
                 time.sleep(self.step_seconds)
                 state = hashlib.sha256(f"{state}{step}".encode()).hexdigest()
                 self.steps_run.append(step)

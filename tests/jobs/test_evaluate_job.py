@@ -14,7 +14,7 @@ from mooring_server.jobs.subjects import PhotoUpload
 from mooring_server.storage.models import Job, JobState
 from pictures import png, quarters
 from tiny_judges import save_tiny_clip, save_tiny_vit
-from worker import GENERIC, open_state, running
+from worker import GENERIC, PATIENCE, open_state, running
 
 TRAINING = {"steps": 4, "rank": 2, "preview_every": 0, "probe_points": 4, "control_points": 2, "views": 1}
 FIGURES = {"steps": 2, "class_samples": 2, "probe_points": 4, "prompts": [], "generic_prompts": []}
@@ -28,7 +28,7 @@ def judges(tmp_path_factory: pytest.TempPathFactory, tiny_sd15: Path) -> Judges:
 
 
 def finished(store, job: Job) -> Job:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not store.get_job("acme", job.job_id).state.final:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -22,14 +22,15 @@ from pictures import jpeg, png, quarters
 from PIL import Image
 from safetensors import safe_open
 from sqlalchemy.exc import OperationalError
+from worker import PATIENCE
 
 STEPS = 30
 RIGHTS = {"basis": "OWNED", "statement": "ours"}
 AWAY = OperationalError("select", {}, Exception("the database is away"))
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
@@ -60,7 +61,9 @@ class Replica:
     def __init__(self, store: Store, objects: LocalObjects, *, lease: float = 30.0, **engine) -> None:
         self.engine = real_engine(**engine)
         self.ended: list[tuple[str, str]] = []
-        settings = RunnerSettings("replica", lease, poll_seconds=0.02, progress_seconds=0.0)
+        settings = RunnerSettings(
+            "replica", lease, poll_seconds=0.02, progress_seconds=0.0, drain_seconds=PATIENCE
+        )
         self.runner = JobRunner(store, objects, self.engine, None, None, None, settings, observer=self)
 
     def job_claimed(self, kind: str, *, resumed: bool) -> None:
@@ -81,7 +84,7 @@ def start(store: Store, objects: LocalObjects) -> Iterator[Callable[..., Replica
 
     yield start_
     for replica in replicas:
-        replica.runner.stop()
+        replica.runner.stop(PATIENCE)
         replica.engine.close()
 
 
@@ -194,16 +197,13 @@ def test_a_drained_job_goes_on_elsewhere_without_losing_or_repeating_a_step(
     store, objects, training, photos, start
 ) -> None:
     job = new_job(store, steps=200)
-    reached = threading.Event()
-    training.at[57] = reached.set
-    training.step_seconds = 0.002
+    training.hold_at = 57
     first = start()
-    assert reached.wait(20)
-    first.runner.stop()
+    assert training.held.wait(PATIENCE)
+    first.runner.stop(PATIENCE)
     assert first.ended == [("train", "DRAINING")]
     waiting = store.get_job("acme", job.job_id)
     assert (waiting.state, waiting.crashes) == (JobState.PENDING, 0)
-    training.step_seconds = 0
     start()
     done = ended(store, job)
     assert training.steps_run == list(range(200))
@@ -229,13 +229,13 @@ def test_a_runner_that_lost_its_lease_writes_nothing_more(
 
     def freeze() -> None:
         frozen.set()
-        assert thaw.wait(30)
+        assert thaw.wait(PATIENCE)
 
     training.at[20] = freeze
     job = new_job(store, steps=60)
     other = Store(f"sqlite:///{tmp_path}/mooring.db")
     first = start(on=other, lease=0.6)
-    assert frozen.wait(20)
+    assert frozen.wait(PATIENCE)
     until(lambda: objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors"))
 
     def away(*_args, **_kwargs):
@@ -256,12 +256,11 @@ def test_a_runner_that_lost_its_lease_writes_nothing_more(
 
 def test_a_resumed_job_keeps_to_the_photos_it_began_with(store, objects, training, photos, start) -> None:
     job = new_job(store, steps=100)
-    reached = threading.Event()
-    training.at[30] = reached.set
-    training.step_seconds = 0.002
+    training.hold_at = 30
     first = start()
-    assert reached.wait(20)
-    first.runner.stop()
+    assert training.held.wait(PATIENCE)
+    first.runner.stop(PATIENCE)
+    training.hold_at = None
     objects.delete(f"jobs/{job.job_id}/checkpoint.safetensors")
     upload = PhotoUpload(store, objects, "acme", "duck")
     upload.add("new.png", png(quarters(50, 50)))
@@ -372,9 +371,9 @@ def test_two_replicas_share_the_work(store, training, photos, start) -> None:
 
 def test_an_evaluation_does_not_wait_behind_a_training(store, training, photos, start) -> None:
     start()
-    training.step_seconds = 0.005
-    long = new_job(store, steps=5000)
-    assert training.progressed.wait(20)
+    training.hold_at = 1
+    long = new_job(store)
+    assert training.held.wait(PATIENCE)
     quick = store.create_job("acme", "evaluate", {"adapter": "", "subject": "duck", "config": {}})
     assert ended(store, quick).error["reason"] == "JUDGES_NOT_AVAILABLE"
     assert not store.get_job("acme", long.job_id).state.final

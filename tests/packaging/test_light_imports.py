@@ -14,7 +14,7 @@ def heavy_after(code: str) -> str:
     """Heavy modules that a fresh interpreter holds after running `code`."""
     probe = f"{code}\nimport sys\nprint('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.rsplit("HEAVY ", 1)[1].strip()

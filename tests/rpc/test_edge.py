@@ -12,7 +12,7 @@ import structlog
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc.edge import EdgeInterceptor, Gate
 from mooring_server.telemetry.metrics import Metrics
-from rpc_calls import read_failure
+from rpc_calls import DEADLINE, read_failure
 
 SHAPES = ("unary", "client_stream", "server_stream", "bidi_stream")
 
@@ -35,7 +35,7 @@ class Endings:
                 case "exception":
                     raise ZeroDivisionError("a secret of the inside")
                 case "cancel" | "deadline":
-                    await asyncio.sleep(30)
+                    await asyncio.sleep(DEADLINE)
         finally:
             self.left.append(how)
 
@@ -76,6 +76,7 @@ async def edge():
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.channel_ready()  # no deadline shall run out on the way to the handler
         yield SimpleNamespace(channel=channel, endings=endings, metrics=metrics, gate=gate)
     await server.stop(None)
 
@@ -121,13 +122,13 @@ async def test_every_end_of_every_shape_is_counted_once_with_its_code(edge, shap
         "cancel": grpc.StatusCode.CANCELLED,
         "deadline": grpc.StatusCode.DEADLINE_EXCEEDED,
     }[how]
-    call = start(edge, shape, how, **({"timeout": 0.3} if how == "deadline" else {}))
+    call = start(edge, shape, how, **({"timeout": 1.5} if how == "deadline" else {}))
     if how == "ok":
         messages = await finish(shape, call)
         assert messages == ([b"done"] if shape in {"unary", "client_stream"} else [b"one", b"two"])
     elif how == "cancel":
         running = asyncio.ensure_future(finish(shape, call))
-        await asyncio.wait_for(edge.endings.entered.wait(), 5)
+        await asyncio.wait_for(edge.endings.entered.wait(), DEADLINE)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -136,7 +137,7 @@ async def test_every_end_of_every_shape_is_counted_once_with_its_code(edge, shap
             await finish(shape, call)
         assert caught.value.code() == expected
 
-    await asyncio.wait_for(edge.gate.idle.wait(), 5)
+    await asyncio.wait_for(edge.gate.idle.wait(), DEADLINE)
     assert edge.endings.left == [how], "the handler did not end with its call"
     assert sample(edge, "grpc_server_started_total", shape) == 1
     counted = {
@@ -182,7 +183,7 @@ async def test_each_call_writes_one_canonical_line(edge, how):
             await start(edge, "unary", how, metadata=[("x-request-id", "abc-2")])
         except grpc.aio.AioRpcError:
             assert how != "ok"
-        await asyncio.wait_for(edge.gate.idle.wait(), 5)  # the line is written as the call ends
+        await asyncio.wait_for(edge.gate.idle.wait(), DEADLINE)  # the line is written as the call ends
     lines = [line for line in logs if line["event"] == "rpc"]
     assert len(lines) == 1
     assert lines[0]["method"] == "test.Endings/unary"

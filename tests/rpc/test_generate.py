@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 import time
 
 import grpc
@@ -220,11 +221,17 @@ def busy(runtime, klass=TaskClass.INTERACTIVE) -> bool:
     return bool(stats.waiting[klass] + stats.running[klass])
 
 
-def wait_until(condition, seconds=10.0):
-    until = time.monotonic() + seconds
+def wait_until(condition):
+    until = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < until, "it did not happen in time"
         time.sleep(0.005)
+
+
+def cancelled_calls(runtime) -> float:
+    labels = {"grpc_service": "mooring.v1.PersonalizationService", "grpc_method": "Generate"}
+    labels |= {"grpc_type": "server_stream", "grpc_code": "CANCELLED"}
+    return runtime.metrics.registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
 
 
 def test_cancelling_the_call_stops_the_engine_at_its_next_step(stubs, runtime):
@@ -232,10 +239,23 @@ def test_cancelling_the_call_stops_the_engine_at_its_next_step(stubs, runtime):
         pb.GenerateRequest(prompt=PROMPT, steps=150, count=16), timeout=DEADLINE
     )
     next(response for response in call if response.HasField("progress"))
-    ticks = runtime.engine.stats().ticks[TaskClass.INTERACTIVE]
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        held.set()
+        assert release.wait(DEADLINE)
+        yield
+
+    # The engine stands still while the cancellation is on its way, which takes as long as it takes.
+    holding = runtime.engine.submit(hold(), TaskClass.INTERACTIVE, "hold")
+    assert held.wait(DEADLINE)
+    before, ticks = cancelled_calls(runtime), runtime.engine.stats().ticks[TaskClass.INTERACTIVE]
     call.cancel()
+    wait_until(lambda: cancelled_calls(runtime) == before + 1)
+    release.set()
+    holding.result(DEADLINE)
     wait_until(lambda: not busy(runtime))
-    assert runtime.engine.stats().ticks[TaskClass.INTERACTIVE] - ticks < 60  # of 600
+    assert runtime.engine.stats().ticks[TaskClass.INTERACTIVE] - ticks <= 2, "the holder's own"
     assert runtime.bank._pins == [0] * len(runtime.bank._pins)
 
 
@@ -303,9 +323,12 @@ def test_a_batch_answers_every_request_under_its_id_and_failures_alone(stubs):
         assert np.array_equal(pictures(chunks[f"r{i}"])[0], drawn(generate(stubs, steps=2, seed=i))[0])
 
 
-def test_quick_requests_overtake_slow_ones(stubs):
-    requests = [item("slow", steps=60), item("quick", steps=1)]
-    ends = [response.id for response in batch(stubs, requests) if response.HasField("done")]
+def test_quick_requests_overtake_slow_ones(stubs, runtime, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "max_running", 0)  # neither begins before both are there
+        call = batch(stubs, [item("slow", steps=60), item("quick", steps=1)])
+        wait_until(lambda: runtime.engine.stats().waiting[TaskClass.BATCH] == 2)
+    ends = [response.id for response in call if response.HasField("done")]
     assert ends == ["quick", "slow"]
 
 
@@ -326,9 +349,11 @@ def test_no_more_requests_are_read_than_are_worked_on(stubs, server, monkeypatch
 
 
 @pytest.mark.parametrize("bad", ["", "x" * 129, "twin"])
-def test_an_id_that_cannot_be_answered_under_ends_the_call(stubs, runtime, bad):
+def test_an_id_that_cannot_be_answered_under_ends_the_call(stubs, runtime, monkeypatch, bad):
     first = "twin" if bad == "twin" else "fine"
-    failure = failure_of(lambda: batch(stubs, [item(first, steps=100), item(bad)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "max_running", 0)  # the first is unfinished when the second is read
+        failure = failure_of(lambda: batch(stubs, [item(first), item(bad)]))
     assert (failure.code.name, failure.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
     assert list(failure.fields) == ["id"]
     wait_until(lambda: not busy(runtime, TaskClass.BATCH))

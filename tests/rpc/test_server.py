@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from mooring.v1 import job_pb2, personalization_pb2
 from mooring_server.errors import MooringError, Reason
+from mooring_server.jobs import train_job
 from mooring_server.server import EmbeddedServer
 from rpc_calls import DEADLINE, Stubs, failure_of, make_subject, settings_for
 
@@ -68,7 +70,7 @@ def buf_curl(target: str, path: str, *arguments: str) -> subprocess.CompletedPro
         *arguments,
         f"http://{target}{path}",
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
 
 def test_any_client_can_list_and_generate_with_reflection_alone(server):
@@ -102,7 +104,7 @@ def test_any_client_can_read_why_a_call_failed(server):
 
 
 def scrape(server) -> dict[str, float]:
-    text = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+    text = urllib.request.urlopen(server.metrics_url, timeout=DEADLINE).read().decode()
     return {
         match[1]: float(match[2])
         for match in re.finditer(r"^([a-zA-Z_:]+(?:\{[^}]*\})?) ([-+0-9.eEInfNa]+)$", text, re.MULTILINE)
@@ -212,15 +214,28 @@ def test_without_judges_evaluation_is_refused_and_announced(small_server):
     assert (failure.code.name, failure.reason) == ("FAILED_PRECONDITION", "JUDGES_NOT_AVAILABLE")
 
 
-def test_a_job_handed_back_at_shutdown_goes_on_with_the_next_server(tiny_sd15, tmp_path):
-    settings = settings_for(tiny_sd15, tmp_path)
-    config = {"steps": 150, "rank": 2, "batch_size": 1, "views": 1, "checkpoint_every": 5, "preview_every": 0}
+@pytest.fixture
+def waits_to_be_drained(monkeypatch):
+    """Trainings go no further than their twentieth step until their server drains."""
+    report = train_job._report
+
+    def held(session, progress):
+        report(session, progress)
+        while progress.phase == "training" and progress.step == 20 and not session.wanted():
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train_job, "_report", held)
+
+
+def test_a_job_handed_back_at_shutdown_goes_on_with_the_next_server(tiny_sd15, tmp_path, waits_to_be_drained):
+    settings = settings_for(tiny_sd15, tmp_path, drain_seconds=DEADLINE)
+    config = {"steps": 60, "rank": 2, "batch_size": 1, "views": 1, "checkpoint_every": 5, "preview_every": 0}
     with EmbeddedServer(settings) as first:
         stubs = Stubs(first.target)
         request = personalization_pb2.TrainRequest(subject=make_subject(stubs, "rex"), config=config)
         job = stubs.personalization.Train(request, timeout=DEADLINE).job
         watch = stubs.jobs.WatchJob(job_pb2.WatchJobRequest(name=job.name), timeout=DEADLINE)
-        event = next(event for event in watch if event.progress.phase == "training")
+        event = next(event for event in watch if event.progress.step >= 20)
         closed = threading.Thread(target=first.__exit__, args=(None, None, None))
         closed.start()
         failure = failure_of(lambda: watch)  # the watcher is told, rather than cut off
@@ -251,7 +266,8 @@ def start_process(tiny_sd15, tmp_path) -> subprocess.Popen[str]:
         "MOORING_LISTEN": "127.0.0.1:0",
         "MOORING_METRICS_LISTEN": "",
         "MOORING_THREADS": "1",
-        "MOORING_DRAIN_PAUSE_SECONDS": "1",
+        "MOORING_DRAIN_PAUSE_SECONDS": "5",
+        "MOORING_DRAIN_SECONDS": str(DEADLINE),
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.Popen(
@@ -274,20 +290,20 @@ def test_sigterm_answers_the_running_call_says_not_serving_and_exits_0(tiny_sd15
             health_pb2.HealthCheckRequest(), timeout=DEADLINE
         )
         assert next(health).status == SERVING
-        request = personalization_pb2.GenerateRequest(prompt="a photo of a dog", steps=60, count=2)
+        request = personalization_pb2.GenerateRequest(prompt="a photo of a dog", steps=30, count=2)
         call = stubs.personalization.Generate(request, timeout=DEADLINE)
         next(call)
         process.send_signal(signal.SIGTERM)
         assert next(health).status == NOT_SERVING
         # during the pause, calls are still answered: load balancers have not noticed yet
         assert stubs.personalization.GetServerInfo(
-            personalization_pb2.GetServerInfoRequest(), timeout=5
+            personalization_pb2.GetServerInfoRequest(), timeout=DEADLINE
         ).version
         responses = list(call)
         seen = [response.WhichOneof("event") for response in responses]
         assert seen.count("image") == 2
         assert seen[-1] == "done"
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0
     finally:
         process.kill()

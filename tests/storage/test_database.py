@@ -28,7 +28,7 @@ def test_a_reader_is_not_held_up_by_a_writer(store: Store) -> None:
     with store.writing() as connection:
         connection.execute(update(schema.subjects).values(display_name="changed"))
         with ThreadPoolExecutor(1) as pool:
-            seen = pool.submit(store.get_subject, "acme", "duck").result(timeout=10)
+            seen = pool.submit(store.get_subject, "acme", "duck").result(timeout=240)
     assert seen.display_name == ""
     assert store.get_subject("acme", "duck").display_name == "changed"
 
