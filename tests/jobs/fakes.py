@@ -38,7 +38,7 @@ def weights_of(state: str) -> AdapterWeights:
 class FakeTraining:
     """Stands in for `training.trainer.train`; `at` maps a step to what happens before it.
 
-    Before step `hold_at` it waits until its server drains, however long that takes; `held` says that it waits.
+    Before step `hold_at` it waits until its server drains, however long that takes; `held` says so.
     """
 
     def __init__(self) -> None:
