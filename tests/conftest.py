@@ -23,3 +23,9 @@ def tiny_sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL-layout directory with random weights."""
     return save_tiny_sdxl(tmp_path_factory.mktemp("tiny_sdxl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD layout with v-prediction and a VAE of factor 8 with 16 latent channels."""
+    return save_tiny_sd(tmp_path_factory.mktemp("tiny_sd_deep"), prediction_type="v_prediction", vae="deep")

@@ -74,7 +74,11 @@ def _unet_options(width: int) -> dict:
 
 
 def save_tiny_sd(root: Path, *, prediction_type: str = "epsilon", vae: str = "kl") -> Path:
-    """An SD1.5-layout directory: 32 px, VAE factor 4, 4 (kl) or 6 (tiny) latent channels."""
+    """An SD1.5-layout directory on latents of 8×8.
+
+    Its VAE: "kl" (factor 4, 32 px, 4 channels), "tiny" (AutoencoderTiny, factor 4, 32 px, 6 channels) or
+    "deep" (AutoencoderKL, factor 8, 64 px, 16 channels).
+    """
     from diffusers import (
         AutoencoderKL,
         AutoencoderTiny,
@@ -86,12 +90,13 @@ def save_tiny_sd(root: Path, *, prediction_type: str = "epsilon", vae: str = "kl
 
     torch.manual_seed(1)
     tokenizer = tiny_tokenizer()
-    channels = 4 if vae == "kl" else 6
-    if vae == "kl":
+    channels = {"kl": 4, "tiny": 6, "deep": 16}[vae]
+    if vae != "tiny":
+        widths = (8, 8, 16) if vae == "kl" else (8, 8, 8, 16)
         autoencoder = AutoencoderKL(
-            block_out_channels=(8, 8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
             latent_channels=channels,
             norm_num_groups=4,
         )

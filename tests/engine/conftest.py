@@ -14,7 +14,7 @@ from tiny_bases import save_tiny_sd
 
 @pytest.fixture(scope="session")
 def tiny_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SD layout with v-prediction and an AutoencoderTiny of 6 latent channels, as dinghy is made."""
+    """SD layout with v-prediction and an AutoencoderTiny of 6 latent channels."""
     return save_tiny_sd(tmp_path_factory.mktemp("tiny_sd_v"), prediction_type="v_prediction", vae="tiny")
 
 

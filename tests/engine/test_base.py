@@ -7,9 +7,11 @@ import shutil
 
 import pytest
 import torch
+from engine_helpers import drain
 from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.base import WORDS_FILE, load_base
 from mooring_server.engine.model import PromptEmbeds
+from mooring_server.engine.sampling import SampleRow, sample
 from mooring_server.errors import MooringError, Reason
 from tiny_bases import save_tiny_sd
 
@@ -23,6 +25,18 @@ def test_what_the_directory_says_is_what_the_base_reports(base, base_v, base_sdx
         assert model.alphas_cumprod.shape == (1000,)
         assert all(not p.requires_grad for module in model.modules().values() for p in module.parameters())
     assert base_v.new_scheduler().config.timestep_spacing == "trailing"
+
+
+def test_a_deeper_vae_is_taken_as_it_says(tiny_sd_deep, make_bank):
+    model = load_base(tiny_sd_deep, threads=1)
+    assert (model.native_size, model.vae_scale_factor, model.latent_channels) == (64, 8, 16)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = model.encode_images(pixels)
+    assert latents.shape == (2, 16, 8, 8)
+    assert model.decode(latents).shape == (2, 64, 64, 3)
+    bank = make_bank(model, slots=2, rank=2)
+    pictures = drain(sample(model, bank, [SampleRow("a duck")], steps=2, guidance_scale=3.0))
+    assert pictures.shape == (1, 64, 64, 3)
 
 
 def test_the_digest_is_the_contents_and_nothing_else(tiny_sd15, base, tmp_path):

@@ -97,6 +97,15 @@ def test_every_method_trains_and_changes_the_prediction(base, bank, photos, meth
     assert json.loads(again.metadata["config"])["method"] == str(method)
 
 
+def test_a_base_of_another_size_and_depth_trains_by_the_same_code(tiny_sd_deep, photos):
+    deep = load_base(tiny_sd_deep)
+    config = dataclasses.replace(QUICK, steps=12, budget=0.02, preview_every=12)
+    seen = []
+    result = finish(start(deep, AdapterBank(deep, slots=2, rank=4), photos, config, seen=seen))
+    assert 0 < result.drift.drift <= 0.02
+    assert [p.shape for report in seen for p in report.previews] == [(64, 64, 3)] * 2
+
+
 def test_the_base_is_untouched_and_the_slot_comes_back(base, bank, photos):
     before = base.fingerprint()
     finish(start(base, bank, photos, QUICK))
