@@ -29,12 +29,12 @@ from mooring_server.engine.base import BaseModel, load_base
 from mooring_server.evaluation import report
 from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.evaluation.config import EvaluationConfig
-from mooring_server.evaluation.evaluate import EvaluationCache, EvaluationProgress, evaluate
+from mooring_server.evaluation.evaluate import EvaluationCache, evaluate
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.probe import DriftFigure
 from mooring_server.evaluation.prompts import PROBE_GENERIC, PromptSets
 from mooring_server.evaluation.result import EvaluationResult
-from mooring_server.training import PRESETS, Method, TrainConfig, TrainProgress, train
+from mooring_server.training import PRESETS, Method, TrainConfig, train
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -312,9 +312,6 @@ def _trained(
         raise Unfinished
     checkpoint = FileCheckpoint(file.with_suffix(".checkpoint"))
 
-    def progress(now: TrainProgress) -> None:
-        tick(now.step, now.steps)
-
     result = _finish(
         train(
             bench.base,
@@ -325,7 +322,7 @@ def _trained(
             placeholder=subject.placeholder,
             generic_prompts=generic,
             checkpoint=checkpoint,
-            on_progress=progress,
+            on_progress=lambda now: tick(now.step, now.steps),
             samples=bench.samples,
         )
     )
@@ -349,9 +346,6 @@ def _evaluated(
     if bench.only_finished:
         raise Unfinished
 
-    def progress(now: EvaluationProgress) -> None:
-        tick(now.step, now.steps)
-
     result = _finish(
         evaluate(
             bench.base,
@@ -360,7 +354,7 @@ def _evaluated(
             weights,
             subject.photos,
             config,
-            on_progress=progress,
+            on_progress=lambda now: tick(now.step, now.steps),
             cache=bench.cache,
         )
     )

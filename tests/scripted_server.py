@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import grpc
+import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from mooring.v1 import (
@@ -65,6 +66,15 @@ class ScriptedServer:
             return self.answers[name](request, context)
 
         return method
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    """A running one; `conftest.py` of the areas that want it imports this."""
+    scripted = ScriptedServer()
+    scripted.start()
+    yield scripted
+    scripted.stop()
 
 
 def abort_with(

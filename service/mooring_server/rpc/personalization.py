@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from google.protobuf import duration_pb2
+from mooring.v1 import media_pb2, personalization_pb2_grpc, training_pb2
 from mooring.v1 import personalization_pb2 as pb
-from mooring.v1 import personalization_pb2_grpc, training_pb2
 
 from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.policy import TaskClass
@@ -75,11 +75,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    chunks = await asyncio.to_thread(
-                        images.image_chunks, event.index, event.seed, event.image
-                    )
-                    runtime.metrics.images.inc()
-                    for chunk in chunks:
+                    for chunk in await _chunks(runtime, event):
                         yield pb.GenerateResponse(image=chunk)
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch)
@@ -155,10 +151,7 @@ async def _batch_results(
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    chunks = await asyncio.to_thread(
-                        images.image_chunks, event.index, event.seed, event.image
-                    )
-                    runtime.metrics.images.inc()
+                    chunks = await _chunks(runtime, event)
                     yield [pb.GenerateBatchResponse(id=message.id, image=chunk) for chunk in chunks]
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch)
@@ -173,6 +166,13 @@ async def _batch_results(
             await events.aclose()  # type: ignore[attr-defined]
     runtime.metrics.steps.inc(_steps(prepared))
     yield [pb.GenerateBatchResponse(id=message.id, done=_done(runtime, prepared, watch))]
+
+
+async def _chunks(runtime: Runtime, event: ImageReady) -> list[media_pb2.ImageChunk]:
+    """A finished image as messages, counted; the picture is compressed off the event loop."""
+    chunks = await asyncio.to_thread(images.image_chunks, event.index, event.seed, event.image)
+    runtime.metrics.images.inc()
+    return chunks
 
 
 def _check_batch_id(value: str, unfinished: set[str]) -> None:
