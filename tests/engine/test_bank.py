@@ -289,3 +289,35 @@ def test_a_training_slot_is_no_adapter_that_others_could_get(base, bank):
     weights = random_adapter(base, 1)
     training = bank.training_slot(weights=weights)
     assert bank.acquire(weights) != training.slot
+
+
+def test_several_adapters_of_a_row_add_up(base, bank, point):
+    bank.load(1, random_adapter(base, 1))
+    bank.load(2, random_adapter(base, 2))
+    latents, timesteps, embeds = point
+    rows = len(latents)
+    with torch.no_grad(), bank.mixed([[(1, 1.0), (2, 0.5)], [(2, 1.0)], []]):
+        mixed = base.predict(latents, timesteps, embeds)
+    both = bank.factors.items()
+    # one adapter of twice the rank whose factors lie side by side is the sum, up to the order of additions
+    stacked = AdapterWeights(
+        base.digest,
+        8,
+        {
+            name: LayerFactors(
+                torch.cat([A[1][:4], A[2][:4]]).clone(),
+                torch.cat([B[1][:, :4], B[2][:, :4] * 0.5], 1).clone(),
+            )
+            for name, (A, B) in both
+        },
+    )
+    bank.load(3, stacked)
+    with torch.no_grad(), bank.rows([3] * rows, [1.0] * rows):
+        summed = base.predict(latents, timesteps, embeds)
+    with torch.no_grad(), bank.rows([2] * rows, [1.0] * rows):
+        second = base.predict(latents, timesteps, embeds)
+    untouched = base.predict(latents, timesteps, embeds)
+    assert torch.allclose(mixed[0], summed[0], atol=1e-5)
+    assert not torch.allclose(mixed[0], second[0], atol=1e-3)
+    assert torch.equal(mixed[1], second[1])  # a neighbour with two adapters changes nothing
+    assert torch.equal(mixed[2], untouched[2])

@@ -7,7 +7,7 @@ adapters, and with only zero slots the hooks return at once: the base then compu
 computes without a bank. Slot 0 is zero for ever.
 
 Layers of equal shape could share one product; they do not, as they read different activations. Left out:
-tiers behind the arena, several adapters per row, text-encoder layers (same mechanism).
+tiers behind the arena, text-encoder layers (same mechanism).
 
 Shape legend: S slots, B batch rows, r rank.
 """
@@ -40,6 +40,9 @@ from mooring_server.errors import MooringError, Reason
 
 ZERO_SLOT = 0
 """The slot of the untouched base."""
+
+Mix = Sequence[tuple[int, float]]
+"""The adapters of one row: (slot, factor on ΔW)."""
 
 
 class _Active(Protocol):
@@ -217,35 +220,40 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, slots: Sequence[int] | Tensor, scales: Sequence[float] | Tensor) -> Iterator[None]:
-        """Give each batch row of the enclosed `base.predict` calls its adapter.
+        """Give each batch row of the enclosed `base.predict` calls one adapter; see `mixed`.
 
         Args:
             slots: `[B]` slot of each row; 0 is the base.
             scales: `[B]` factor on each row's ΔW.
-
-        A row's result does not depend on the adapters of other rows. When all slots are 0 (or all scales
-        are), the base runs untouched.
         """
-        slot_list = [int(slot) for slot in slots]
-        scale_list = [float(scale) for scale in scales]
-        assert len(slot_list) == len(scale_list), "one scale per row"
-        used = {slot for slot, scale in zip(slot_list, scale_list, strict=True) if slot and scale}
-        if self.on_batch is not None:
-            self.on_batch(len(slot_list), len(used))
+        assert len(slots) == len(scales), "one scale per row"
+        with self.mixed([[(int(slot), float(scale))] for slot, scale in zip(slots, scales, strict=True)]):
+            yield
+
+    @contextmanager
+    def mixed(self, mixes: Sequence[Mix], *, counted: bool = True) -> Iterator[None]:
+        """Give each batch row of the enclosed `base.predict` and `base.encode_prompt` calls its adapters.
+
+        A row's result does not depend on the adapters of other rows. When no row has an adapter (or all
+        scales are 0), the base runs untouched.
+
+        Args:
+            mixes: of each row, its adapters as (slot, factor on ΔW); their shares are added in this order.
+            counted: tell `on_batch`; off for text encoding.
+        """
+        kept = [[(slot, scale) for slot, scale in mix if slot != ZERO_SLOT and scale] for mix in mixes]
+        used = {slot for mix in kept for slot, _ in mix}
+        if counted and self.on_batch is not None:
+            self.on_batch(len(kept), len(used))
         if not used:
             with self._activate(None):
                 yield
             return
-        device = self.arena.device
-        placed = [slot if scale else ZERO_SLOT for slot, scale in zip(slot_list, scale_list, strict=True)]
-        base_rows = [row for row, slot in enumerate(placed) if slot == ZERO_SLOT]
-        batch = _Rows(
-            self.factors,
-            torch.tensor(placed, device=device),
-            None if set(scale_list) == {1.0} else torch.tensor(scale_list, device=device),
-            torch.tensor(base_rows, dtype=torch.int64, device=device),
-        )
-        with self._activate(batch):
+        width = max(len(mix) for mix in kept)
+        columns = [[mix[k] if k < len(mix) else (ZERO_SLOT, 1.0) for mix in kept] for k in range(width)]
+        with self._activate(
+            _Rows(self.factors, [_Column.of(column, self.arena.device) for column in columns])
+        ):
             yield
 
     def training_slot(
@@ -333,27 +341,54 @@ class AdapterBank:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Each row with its own factors.
+class _Column:
+    """One adapter for each row.
 
     Args:
-        factors: layer → views (A `[S, r, in]`, B `[S, out, r]`) of the arena.
         slots: `[B]`.
         scales: `[B]`; None when all are 1.
         base_rows: indices of the rows of slot 0.
     """
 
-    factors: Mapping[str, tuple[Tensor, Tensor]]
     slots: Tensor
     scales: Tensor | None
     base_rows: Tensor
 
+    @classmethod
+    def of(cls, column: Mix, device: torch.device) -> _Column:
+        """From (slot, scale) of each row."""
+        scales = [scale for _, scale in column]
+        return cls(
+            torch.tensor([slot for slot, _ in column], device=device),
+            None if set(scales) == {1.0} else torch.tensor(scales, device=device),
+            torch.tensor(
+                [row for row, (slot, _) in enumerate(column) if slot == ZERO_SLOT],
+                dtype=torch.int64,
+                device=device,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Each row with its own factors.
+
+    Args:
+        factors: layer → views (A `[S, r, in]`, B `[S, out, r]`) of the arena.
+        columns: added one after the other; more than one only where some row has several adapters.
+    """
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    columns: Sequence[_Column]
+
     def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
         """Add scale · B(Ax) to output `[B, T, out]` in place, x `[B, T, in]`."""
-        batch = self.slots.shape[0]
-        assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
         A, B = self.factors[layer]
-        return multi_lora_(output, x, A, B, self.slots, self.scales, base_rows=self.base_rows)
+        for column in self.columns:
+            batch = column.slots.shape[0]
+            assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
+            output = multi_lora_(output, x, A, B, column.slots, column.scales, base_rows=column.base_rows)
+        return output
 
 
 class TrainingSlot:
