@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mooring_server.engine.adapters import (
     AdapterWeights,
     LayerFactors,
+    LearnedEmbeddings,
     export_diffusers,
     from_safetensors,
     to_safetensors,
@@ -50,6 +51,26 @@ def test_a_file_is_read_back_exactly(which, request):
     for name, factors in adapter.layers.items():
         assert torch.equal(found.layers[name].A, factors.A)
         assert torch.equal(found.layers[name].B, factors.B)
+
+
+def test_the_text_digest_covers_what_encodes_prompts_and_nothing_else(base):
+    plain = random_adapter(base, 1)
+    assert (plain.text_digest, plain.has_text_layers) == ("", False)
+    token = random_adapter(base, 1, placeholder="<it>")
+    other = AdapterWeights(base.digest, 4, random_adapter(base, 2).layers, token.embeddings)
+    assert other.digest != token.digest
+    assert other.text_digest == token.text_digest != ""
+    layer = LayerFactors(torch.ones(4, 24), torch.ones(24, 4))
+    name = "text_encoder.encoder.layers.0.self_attn.q_proj"
+    with_layer = AdapterWeights(base.digest, 4, {**plain.layers, name: layer})
+    assert with_layer.has_text_layers
+    alone = AdapterWeights(base.digest, 4, {name: layer})
+    assert with_layer.text_digest == alone.text_digest
+    both = AdapterWeights(base.digest, 4, {name: layer}, token.embeddings)
+    renamed = AdapterWeights(base.digest, 4, {}, LearnedEmbeddings({"<x>": token.embeddings.tokens["<it>"]}))
+    digests = {alone.text_digest, token.text_digest, both.text_digest, renamed.text_digest}
+    assert len(digests) == 4
+    assert all(digest.startswith("sha256:") for digest in digests)
 
 
 def test_the_digest_covers_every_tensor_and_no_metadata(base):

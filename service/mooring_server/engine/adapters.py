@@ -34,6 +34,9 @@ HEADER_KEY = "mooring"
 
 MAX_ADAPTER_BYTES = 512 * 2**20
 LORA_FILE = "pytorch_lora_weights.safetensors"
+TEXT_LAYER = "text_encoder"
+"""What the paths of text encoders' layers begin with: `text_encoder.…`, `text_encoder_2.…`."""
+_UNET_LAYER = "unet."
 _MAX_HEADER_BYTES = 8 * 2**20
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 """What factors and embeddings may be stored as; they are read as float32."""
@@ -96,8 +99,25 @@ class AdapterWeights:
     @cached_property
     def digest(self) -> str:
         """`sha256:…` over base digest, names, shapes and float32 bytes of all tensors, in sorted order."""
+        return self._digest(_tensors(self))
+
+    @cached_property
+    def has_text_layers(self) -> bool:
+        """Whether it changes layers of a text encoder."""
+        return any(layer.startswith(TEXT_LAYER) for layer in self.layers)
+
+    @cached_property
+    def text_digest(self) -> str:
+        """As `digest`, over what changes prompts' embeddings alone: text-encoder layers, learned tokens.
+
+        Adapters of one text digest encode every prompt alike; "" encodes them as the base does.
+        """
+        text = {key: tensor for key, tensor in _tensors(self).items() if not key.startswith(_UNET_LAYER)}
+        return self._digest(text) if text else ""
+
+    def _digest(self, tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256(f"{FORMAT}\0{self.base_digest}\0".encode())
-        for key, tensor in sorted(_tensors(self).items()):
+        for key, tensor in sorted(tensors.items()):
             digest.update(f"{key}\0{tuple(tensor.shape)}\0".encode())
             digest.update(tensor.numpy().tobytes())
         for name in sorted(self.embeddings.tokens if self.embeddings else ()):
