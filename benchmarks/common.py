@@ -149,6 +149,7 @@ def _print(
     summary: dict[str, float | str | None] | None,
     machine: Machine,
 ) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     extra = list(dict.fromkeys(heading for row in rows for heading in row.extra))
@@ -156,7 +157,8 @@ def _print(
     table = Table(title=title, title_justify="left", caption=str(machine), caption_justify="left")
     table.add_column("")
     for heading in ("ours", "peer", "ratio"):
-        table.add_column(f"{heading} [{unit}]" if unit and heading != "ratio" else heading, justify="right")
+        titled = f"{heading} [{unit}]" if unit and heading != "ratio" else heading
+        table.add_column(escape(titled), justify="right")
     table.add_column("goal")
     for heading in extra:
         table.add_column(heading, justify="right")
