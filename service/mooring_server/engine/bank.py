@@ -2,12 +2,12 @@
 
 All factors of one adapter lie in one flat row of an arena `[slots, size]`. A forward hook on every adapted
 layer adds `scale · B(Ax)` with each batch row's own factors, gathered by slot. So a swap is one copy, one
-batch mixes
-adapters, and with only zero slots the hooks return at once: the base then computes bit for bit what it
-computes without a bank. Slot 0 is zero for ever.
+batch mixes adapters, and with only zero slots the hooks return at once: the base then computes bit for bit
+what it computes without a bank. Slot 0 is zero for ever.
 
-Layers of equal shape could share one product; they do not, as they read different activations. Left out:
-tiers behind the arena, text-encoder layers (same mechanism).
+The arena is the device tier of `tiers`: what comes from there is packed and checked already (`PackedAdapter`)
+and costs the engine thread one copy. Layers of equal shape could share one product; they do not, as they read
+different activations. Left out: text-encoder layers (same mechanism).
 
 Shape legend: S slots, B batch rows, r rank.
 """
@@ -18,8 +18,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from mooring_server.engine.adapters import (
     require_finite,
 )
 from mooring_server.engine.model import BaseModel, StageHook
+from mooring_server.engine.tiers.observer import TierObserver, Unobserved
 from mooring_server.errors import MooringError, Reason
 
 ZERO_SLOT = 0
@@ -52,6 +53,35 @@ class _Active(Protocol):
         """The layer's output with the adapter's share added."""
 
 
+@dataclass(frozen=True, eq=False)
+class PackedAdapter(AdapterWeights):
+    """An adapter that a bank has checked and laid out as a row of its arena; made by `AdapterBank.pack`.
+
+    Its layers' factors are views of the row, so that the row is all the memory it takes.
+
+    Args:
+        row: `[size]` float32 in host memory; page-locked for a bank on a CUDA device. Never written again.
+        layout: of the row.
+    """
+
+    row: Tensor = field(kw_only=True)
+    layout: ArenaLayout = field(kw_only=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory: the row as its allocator counts it, and the learned embeddings."""
+        vectors = self.embeddings.tokens.values() if self.embeddings else ()
+        return row_bytes(self.layout, page_locked=self.row.is_pinned()) + sum(
+            tensor.nbytes for tensors in vectors for tensor in tensors
+        )
+
+
+def row_bytes(layout: ArenaLayout, *, page_locked: bool) -> int:
+    """Bytes of one row in host memory; torch rounds page-locked blocks up to a power of two."""
+    size = 4 * layout.size
+    return 1 << (size - 1).bit_length() if page_locked else size
+
+
 class AdapterBank:
     """Slots for adapters of one base. The engine thread owns it, as it owns the base.
 
@@ -60,6 +90,7 @@ class AdapterBank:
         slots: rows of the arena, the zero slot included.
         rank: largest rank a slot holds; smaller adapters are padded with zeros, which changes no result.
         targets: "attention" or "attention+ff"; adapters may cover any subset.
+        observer: receives the numbers of the tier "device".
 
     Attributes:
         layout: offsets of every factor in a row.
@@ -69,7 +100,13 @@ class AdapterBank:
     """
 
     def __init__(
-        self, base: BaseModel, *, slots: int = 9, rank: int = 16, targets: str = "attention"
+        self,
+        base: BaseModel,
+        *,
+        slots: int = 9,
+        rank: int = 16,
+        targets: str = "attention",
+        observer: TierObserver | None = None,
     ) -> None:
         if slots < 2:
             raise ValueError(f"a bank needs the zero slot and at least one more, not {slots} slots")
@@ -86,9 +123,13 @@ class AdapterBank:
         self.factors = self.layout.views(self.arena)
         self.on_batch: Callable[[int, int], None] | None = None
         self.on_stage: StageHook | None = None
+        self._observer = observer or Unobserved()
         self._active: _Active | None = None
-        self._resident: OrderedDict[str, int] = OrderedDict()  # digest → slot, least recently used first
+        self._resident: dict[str, int] = {}  # digest → slot
+        self._held: list[str | None] = [None] * slots  # slot → digest
         self._pins = [0] * slots
+        # unpinned slots: empty ones first, then those unused for longest
+        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, slots))
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
     def close(self) -> None:
@@ -116,12 +157,15 @@ class AdapterBank:
         """As `acquire`, with None when every slot is pinned."""
         slot = self._resident.get(weights.digest)
         if slot is None:
-            slot = self._free_slot()
+            packed = self.pack(weights)
+            slot = self._take()
             if slot is None:
                 return None
-            self.load(slot, weights)
-        self._resident.move_to_end(weights.digest)
-        self._pins[slot] += 1
+            self.load(slot, packed)
+            self._observer.tier_lookup("device", hit=False)
+        else:
+            self._observer.tier_lookup("device", hit=True)
+        self._pin(slot)
         return slot
 
     def reserve(self) -> int:
@@ -130,40 +174,55 @@ class AdapterBank:
         Raises:
             MooringError: QUEUE_FULL when every slot is pinned.
         """
-        slot = self._free_slot()
+        slot = self._take()
         if slot is None:
             raise self._no_slot()
         self.unload(slot)
-        self._pins[slot] = 1
+        self._pin(slot)
         return slot
 
     def release(self, slot: int) -> None:
         """Unpin a slot; its adapter stays resident until the place is needed."""
-        if slot != ZERO_SLOT:
-            assert self._pins[slot] > 0, f"slot {slot} is released more often than it was acquired"
-            self._pins[slot] -= 1
+        if slot == ZERO_SLOT:
+            return
+        assert self._pins[slot] > 0, f"slot {slot} is released more often than it was acquired"
+        self._pins[slot] -= 1
+        if not self._pins[slot]:
+            self._idle[slot] = None
+            self._idle.move_to_end(slot, last=self._held[slot] is not None)
 
     def load(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy an adapter into a slot: one host-to-device copy.
+        """Copy an adapter into a slot: one copy of a row, after `pack` where the adapter is not packed yet.
+
+        On CUDA the copy is started, not awaited; what uses the slot comes after it on the same stream.
 
         Raises:
-            MooringError: BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_KEYS_UNMATCHED (a layer this
-                bank does not adapt, or a wrong shape), ADAPTER_NOT_FINITE. The slot is unchanged then.
+            MooringError: what `pack` raises. The slot is unchanged then.
         """
         self._require_writable(slot)
+        packed = self.pack(weights)
         started = time.perf_counter()
-        row = self.pack(weights)
         self._forget(slot)
-        self.arena[slot].copy_(row)
-        self._resident[weights.digest] = slot
+        before = self._resident.get(packed.digest)
+        if before is not None:
+            self._forget(before)
+        self.arena[slot].copy_(packed.row, non_blocking=True)
+        self._resident[packed.digest] = slot
+        self._held[slot] = packed.digest
+        if slot in self._idle:
+            self._idle.move_to_end(slot)
+        seconds = time.perf_counter() - started
+        self._tell_bytes()
+        self._observer.tier_loaded("device", seconds)
         if self.on_stage is not None:
-            self.on_stage("adapter_load", time.perf_counter() - started)
+            self.on_stage("adapter_load", seconds)
 
     def unload(self, slot: int) -> None:
         """Empty a slot."""
         self._require_writable(slot)
         self._forget(slot)
         self.arena[slot].zero_()
+        self._tell_bytes()
 
     def require_fits(self, weights: AdapterWeights) -> None:
         """Check base, rank, layers and shapes, without computing; safe on any thread.
@@ -171,6 +230,8 @@ class AdapterBank:
         Raises:
             MooringError: BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_KEYS_UNMATCHED.
         """
+        if self._is_packed(weights):
+            return
         if weights.base_digest != self.base.digest:
             raise MooringError(
                 Reason.BASE_DIGEST_MISMATCH,
@@ -199,22 +260,43 @@ class AdapterBank:
                     remedy="Use an adapter that was made for this base.",
                 )
 
-    def pack(self, weights: AdapterWeights) -> Tensor:
-        """An adapter as one flat row `[size]` on the CPU, padded to the bank's rank.
+    def pack(self, weights: AdapterWeights) -> PackedAdapter:
+        """Check an adapter and lay it out as a row, padded to the bank's rank; safe on any thread.
+
+        Its digests are computed too: the engine thread asks for them, and they take longer than a swap. An
+        adapter that was packed for this layout is returned as it is.
 
         Raises:
-            MooringError: as `load`.
+            MooringError: BASE_DIGEST_MISMATCH, ADAPTER_RANK_TOO_LARGE, ADAPTER_KEYS_UNMATCHED (a layer this
+                bank does not adapt, or a wrong shape), ADAPTER_NOT_FINITE.
         """
+        if self._is_packed(weights):
+            return weights
         self.require_fits(weights)
-        row = torch.zeros(self.layout.size)
+        row = torch.zeros(self.layout.size, pin_memory=self.page_locked)
         views = self.layout.views(row)
+        layers = {}
         for name, factors in weights.layers.items():
             rank = factors.A.shape[0]
             A, B = views[name]
-            A[:rank].copy_(factors.A)
-            B[:, :rank].copy_(factors.B)
+            layers[name] = LayerFactors(A[:rank].copy_(factors.A), B[:, :rank].copy_(factors.B))
         require_finite({"the factors": row})
-        return row
+        packed = PackedAdapter(
+            weights.base_digest,
+            weights.rank,
+            layers,
+            weights.embeddings,
+            weights.metadata,
+            row=row,
+            layout=self.layout,
+        )
+        packed.__dict__.update(digest=weights.digest, text_digest=weights.text_digest)
+        return packed
+
+    @property
+    def page_locked(self) -> bool:
+        """Whether `pack` makes rows in page-locked memory, which a GPU copies from by itself."""
+        return self.base.device.type == "cuda"
 
     # ------------------------------------------------------------------ use
 
@@ -290,7 +372,7 @@ class AdapterBank:
         try:
             if weights is not None:
                 self.load(place, weights)
-                self._resident.pop(weights.digest, None)  # what is trained is no longer that adapter
+                self._forget(place)  # what is trained is no longer that adapter
             else:
                 self.unload(place)
             fresh = None if weights else seed
@@ -316,17 +398,33 @@ class AdapterBank:
 
         return add
 
-    def _free_slot(self) -> int | None:
-        """An unpinned slot: an empty one, else the least recently used."""
-        taken = set(self._resident.values())
-        for slot in range(1, self.slots):
-            if not self._pins[slot] and slot not in taken:
-                return slot
-        return next((slot for slot in self._resident.values() if not self._pins[slot]), None)
+    def _is_packed(self, weights: AdapterWeights) -> TypeGuard[PackedAdapter]:
+        return isinstance(weights, PackedAdapter) and weights.layout is self.layout
+
+    def _take(self) -> int | None:
+        """The next slot to fill, emptied of the adapter that was resident there; None when all are pinned."""
+        slot = next(iter(self._idle), None)
+        if slot is not None and self._held[slot] is not None:
+            self._forget(slot)
+            self._observer.tier_evicted("device", 1)
+        return slot
+
+    def _pin(self, slot: int) -> None:
+        self._pins[slot] += 1
+        self._idle.pop(slot, None)
 
     def _forget(self, slot: int) -> None:
-        for digest in [digest for digest, place in self._resident.items() if place == slot]:
-            del self._resident[digest]
+        """The slot's adapter is resident no more; what is in the slot is left there."""
+        digest = self._held[slot]
+        if digest is None:
+            return
+        self._held[slot] = None
+        del self._resident[digest]
+        if slot in self._idle:
+            self._idle.move_to_end(slot, last=False)
+
+    def _tell_bytes(self) -> None:
+        self._observer.tier_bytes("device", len(self._resident) * 4 * self.layout.size)
 
     def _require_writable(self, slot: int) -> None:
         if not ZERO_SLOT < slot < self.slots:
