@@ -98,8 +98,14 @@ class Settings(BaseSettings):
     max_adapter_bytes: int = Field(
         default=512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."
     )
-    adapter_cache: int = Field(
-        default=64, ge=1, le=100_000, description="Decoded adapters kept in host memory."
+    host_cache_bytes: int = Field(
+        default=1024 * MIB, ge=0, description="Adapters kept in host memory, ready for a slot."
+    )
+    disk_cache_bytes: int = Field(
+        default=0, ge=0, description="Adapter files kept on local disk; 0: none, as the objects are local."
+    )
+    disk_cache_dir: str = Field(
+        default="", description="Their folder. Default: adapter-cache in the state directory."
     )
     lease_seconds: float = Field(
         default=30.0, ge=1.0, le=3600.0, description="A job whose runner is silent this long is taken over."
@@ -147,6 +153,11 @@ class Settings(BaseSettings):
     def storage_url(self) -> str:
         """The database's URL."""
         return self.database_url or f"sqlite:///{self.state_dir / 'mooring.db'}"
+
+    @property
+    def adapter_cache_dir(self) -> Path:
+        """Folder of the adapter files' disk cache."""
+        return Path(self.disk_cache_dir) if self.disk_cache_dir else self.state_dir / "adapter-cache"
 
     @property
     def objects_dir(self) -> Path:

@@ -43,12 +43,13 @@ from mooring_server.config import Settings
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import BaseModel, load_base
 from mooring_server.engine.engine import Engine
+from mooring_server.engine.tiers.disk import DiskCache
+from mooring_server.engine.tiers.host import AdapterTiers
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, PromptSets, readable
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
-from mooring_server.rpc.adapter_cache import AdapterCache
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import EdgeInterceptor, Gate
 from mooring_server.rpc.jobs import JobServicer
@@ -232,8 +233,10 @@ class Server:
             dtype=getattr(torch, settings.dtype),
             threads=settings.threads,
         )
-        bank = AdapterBank(base, slots=settings.slots, rank=settings.rank, targets=settings.targets)
         observer = MetricsObserver(self._metrics)
+        bank = AdapterBank(
+            base, slots=settings.slots, rank=settings.rank, targets=settings.targets, observer=observer
+        )
         engine = Engine(
             base,
             bank,
@@ -246,13 +249,16 @@ class Server:
         scenes = dinghy.new_scene_prompts("{}") if packaged else NEW_SCENES
         generic = dinghy.generic_prompts(2 * PROBE_GENERIC) if packaged else GENERIC_PROMPTS
         prompts = PromptSets.of(readable(base, scenes), readable(base, generic, least=4))
-        cache = AdapterCache(
-            objects,
-            base,
-            self._metrics,
-            capacity=settings.adapter_cache,
+        disk = None
+        if settings.disk_cache_bytes:
+            disk = DiskCache(settings.adapter_cache_dir, settings.disk_cache_bytes, observer)
+        adapters = AdapterTiers(
+            objects.get,
+            bank,
+            host_bytes=settings.host_cache_bytes,
+            disk=disk,
             max_bytes=settings.max_adapter_bytes,
-            max_rank=settings.rank,
+            observer=observer,
         )
         self._runner = JobRunner(
             store,
@@ -279,7 +285,7 @@ class Server:
             base=base,
             bank=bank,
             engine=engine,
-            adapters=cache,
+            adapters=adapters,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
             prompts=prompts,
@@ -293,6 +299,7 @@ class Server:
     def _close(self) -> None:
         if self._runtime is not None:
             self._runtime.engine.close()
+            self._runtime.adapters.close()
             self._runtime.store.close()
         self._close_metrics()
 

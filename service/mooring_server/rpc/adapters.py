@@ -63,9 +63,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         del context
         runtime = self._runtime()
         where = names.resolve_adapter(caller.tenant(), request.name)
-        await asyncio.to_thread(
-            lifecycle.delete_adapter, runtime.store, runtime.objects, where.tenant, where.id, where.version
-        )
+        await asyncio.to_thread(_delete, runtime, where)
         return pb.DeleteAdapterResponse()
 
     async def ExportAdapter(
@@ -206,6 +204,13 @@ def _protocol(field: str, problem: str) -> MooringError:
         remedy="Send what the files are, then for each file its header and its chunks.",
         fields=[FieldViolation(field, problem)],
     )
+
+
+def _delete(runtime: Runtime, where: names.Resolved) -> None:
+    for deleted in lifecycle.delete_adapter(
+        runtime.store, runtime.objects, where.tenant, where.id, where.version
+    ):
+        runtime.adapters.forget(deleted.object_key)
 
 
 def _files(runtime: Runtime, where: names.Resolved, form: int) -> dict[str, bytes]:

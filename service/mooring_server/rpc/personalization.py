@@ -14,11 +14,11 @@ from mooring.v1 import personalization_pb2 as pb
 from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.policy import TaskClass
 from mooring_server.engine.requests import MAX_COUNT, MAX_SIZE_FACTOR, MAX_STEPS, ImageReady, Progress
+from mooring_server.engine.tiers.host import require_base
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.jobs.photos import MAX_PHOTO_BYTES
 from mooring_server.rpc import caller, convert, generation, images, names, status
-from mooring_server.rpc.adapter_cache import require_base
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain

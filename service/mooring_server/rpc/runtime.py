@@ -9,9 +9,9 @@ from mooring_server.config import Settings
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import BaseModel
 from mooring_server.engine.engine import Engine
+from mooring_server.engine.tiers.host import AdapterTiers
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.prompts import PromptSets
-from mooring_server.rpc.adapter_cache import AdapterCache
 from mooring_server.rpc.edge import Gate
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
@@ -37,7 +37,7 @@ class Runtime:
     base: BaseModel
     bank: AdapterBank
     engine: Engine
-    adapters: AdapterCache
+    adapters: AdapterTiers
     base_name: str
     judges_available: bool
     prompts: PromptSets

@@ -14,6 +14,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_LOADS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 _CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _JOBS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -69,6 +70,17 @@ class Metrics:
             "mooring_adapter_cache_queries", "Look-ups of an adapter.", ["tier"]
         )
         self.cache_hits = self._counter("mooring_adapter_cache_hits", "Look-ups that found it.", ["tier"])
+        self.cache_evictions = self._counter(
+            "mooring_adapter_cache_evictions", "Adapters dropped to make room.", ["tier"]
+        )
+        self.cache_bytes = self._gauge(
+            "mooring_adapter_cache_bytes",
+            "Bytes of adapters kept; host exceeds its budget by what requests hold, if that alone does.",
+            ["tier"],
+        )
+        self.load_seconds = self._histogram(
+            "mooring_adapter_load_seconds", "A tier's own part of loading an adapter.", _LOADS, ["tier"]
+        )
         self.photos = self._counter("mooring_photos", "Uploaded photos, by outcome.", ["outcome"])
         self.device_bytes = self._gauge(
             "mooring_device_bytes", "Bytes on the device that are known, by kind.", ["kind"]

@@ -1,4 +1,4 @@
-"""The numbers of engine and job runner as metrics. Called on their threads; only counts, never blocks."""
+"""Numbers of engine, tiers and job runner as metrics. Called on their threads; only counts, never blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mooring_server.telemetry.metrics import Metrics
 
 
 class MetricsObserver:
-    """Implements the engine's `EngineObserver` and the runner's `RunnerObserver`.
+    """Implements the engine's `EngineObserver`, the tiers' `TierObserver` and the runner's `RunnerObserver`.
 
     Args:
         metrics: where to count.
@@ -34,6 +34,23 @@ class MetricsObserver:
         """A class's queue changed."""
         self._metrics.queue_depth.labels(klass.name.lower(), "waiting").set(waiting)
         self._metrics.queue_depth.labels(klass.name.lower(), "running").set(running)
+
+    def tier_lookup(self, tier: str, *, hit: bool) -> None:
+        """A tier was asked for an adapter."""
+        self._metrics.cache_queries.labels(tier).inc()
+        self._metrics.cache_hits.labels(tier).inc(int(hit))
+
+    def tier_loaded(self, tier: str, seconds: float) -> None:
+        """A tier did its part of a load."""
+        self._metrics.load_seconds.labels(tier).observe(seconds)
+
+    def tier_evicted(self, tier: str, count: int) -> None:
+        """A tier dropped adapters to make room."""
+        self._metrics.cache_evictions.labels(tier).inc(count)
+
+    def tier_bytes(self, tier: str, size: int) -> None:
+        """A tier now holds so many bytes."""
+        self._metrics.cache_bytes.labels(tier).set(size)
 
     def job_claimed(self, kind: str, *, resumed: bool) -> None:
         """A job was claimed, for the first time or again."""
