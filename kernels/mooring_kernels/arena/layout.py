@@ -3,6 +3,8 @@
 Layers of equal shape lie next to each other at a constant stride, so a whole group is one strided view
 `[n, r, in]` / `[n, out, r]` of the buffer: batched products need no gather and no copy. The order of groups
 is a function of the set of shapes only, hence two processes that adapt the same modules agree on the layout.
+Sections come one after the other: what is trained can be a layout of its own at the start of a row whose
+other layers are only served.
 
 Shape legend: L layers, n layers of one shape, r rank, S slots.
 """
@@ -32,17 +34,20 @@ class LayerShape:
         out: rows of W.
         in_: columns of W (for a convolution: in · kh · kw, flattened).
         rank: rank of this layer's factors where it is smaller than the layout's; None for the layout's.
+        section: layers of a lower section lie before those of a higher one, so the layout of the lower ones
+            alone is a prefix of the whole.
     """
 
     name: str
     out: int
     in_: int
     rank: int | None = None
+    section: int = 0
 
 
 @dataclass(frozen=True)
 class ShapeGroup:
-    """All layers of one shape and rank: `n` blocks, `stride` elements apart, A then B in each.
+    """All layers of one section, shape and rank: `n` blocks, `stride` elements apart, A then B in each.
 
     Args:
         out: rows of W.
@@ -116,10 +121,10 @@ class ArenaLayout:
     def _place(self) -> tuple[tuple[ShapeGroup, ...], int]:
         groups: list[ShapeGroup] = []
         offset = 0
-        members: dict[tuple[int, int, int], list[int]] = {}
+        members: dict[tuple[int, int, int, int], list[int]] = {}
         for index, (layer, rank) in enumerate(zip(self.layers, self.ranks, strict=True)):
-            members.setdefault((layer.out, layer.in_, rank), []).append(index)
-        for (out, in_, rank), indices in sorted(members.items()):
+            members.setdefault((layer.section, layer.out, layer.in_, rank), []).append(index)
+        for (_, out, in_, rank), indices in sorted(members.items()):
             b_offset = _align(rank * in_)
             stride = b_offset + _align(rank * out)
             groups.append(ShapeGroup(out, in_, rank, tuple(indices), offset, stride, b_offset))
@@ -176,10 +181,10 @@ class ArenaLayout:
 
     def to_json(self) -> str:
         """Canonical JSON of the layout; `from_json` is its inverse."""
-        layers = [
-            [layer.name, layer.out, layer.in_, *([] if layer.rank is None else [layer.rank])]
-            for layer in self.layers
-        ]
+        layers: list[list[str | int | None]] = []
+        for layer in self.layers:
+            tail = [layer.rank, layer.section] if layer.section else [layer.rank] if layer.rank else []
+            layers.append([layer.name, layer.out, layer.in_, *tail])
         return json.dumps({"rank": self.rank, "layers": layers}, separators=(",", ":"))
 
     @staticmethod
@@ -215,8 +220,8 @@ class ArenaLayout:
         return f"ArenaLayout({len(self.layers)} layers, rank {self.rank}, {self.size} elements)"
 
 
-def _layer(name: object, out: int, in_: int, rank: int | None = None) -> LayerShape:
-    return LayerShape(str(name), int(out), int(in_), None if rank is None else int(rank))
+def _layer(name: object, out: int, in_: int, rank: int | None = None, section: int = 0) -> LayerShape:
+    return LayerShape(str(name), int(out), int(in_), None if rank is None else int(rank), int(section))
 
 
 def _align(elements: int) -> int:
