@@ -89,13 +89,13 @@ def pipeline(base: BaseModel, *, shared: bool = True) -> Any:
         "unet": own(base.unet),
         "scheduler": base.new_scheduler("ddim"),
         "text_encoder": own(base.text_encoders[0]),
-        "tokenizer": base.tokenizers[0],
+        "tokenizer": copy.deepcopy(base.tokenizers[0]),  # a call leaves its padding switched on in the object
     }
     if base.kind == "sdxl":
         made = kinds.StableDiffusionXLPipeline(
             **parts,
             text_encoder_2=own(base.text_encoders[1]),
-            tokenizer_2=base.tokenizers[1],
+            tokenizer_2=copy.deepcopy(base.tokenizers[1]),
             force_zeros_for_empty_prompt=base.zero_negative,
             add_watermarker=False,
         )

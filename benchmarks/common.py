@@ -174,9 +174,9 @@ def _print(
         )
     console.print(table)
     for key, value in (summary or {}).items():
-        console.print(f"{key}: {_number(value)}", highlight=False)
+        console.print(f"{key}: {_number(value)}", highlight=False, markup=False)
     for note in notes:
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim", highlight=False, markup=False)
 
 
 def _number(value: float | str | None) -> str:
