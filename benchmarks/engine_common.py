@@ -13,7 +13,7 @@ from mooring_server.engine.adapters import AdapterWeights, LayerFactors, adaptab
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.engine import Engine
 from mooring_server.engine.model import BaseModel
-from mooring_server.engine.requests import GenerationRequest
+from mooring_server.engine.requests import AdapterUse, GenerationRequest
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -85,7 +85,7 @@ def request(
     """One guided image of one adapter (None: of the base), by DDIM; `size` in pixels, None is native."""
     return GenerationRequest(
         prompt=prompt,
-        adapter=adapter,
+        adapters=() if adapter is None else (AdapterUse(adapter),),
         steps=steps,
         guidance_scale=GUIDANCE,
         height=size,

@@ -198,7 +198,7 @@ def _swapping(
 ) -> Callable[[], object]:
     """One slot for all: what a server without a mixed batch does, with our own fast swap."""
     slot = bank.reserve()
-    packed = [bank.pack(adapter).to(base.device) for adapter in adapters]
+    packed = [bank.pack(adapter).row.to(base.device) for adapter in adapters]
 
     def run() -> None:
         for index, row in enumerate(packed):
