@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -186,19 +187,42 @@ def follow(client: mooring.Client, job: job_pb2.Job, label: str, *, quiet: bool 
         raise
 
 
+def _scaled(adapters: Sequence[str], scale: float | None) -> tuple[list[str], list[float | None]]:
+    """Names and scales of "NAME[:SCALE]"."""
+    names: list[str] = []
+    scales: list[float | None] = []
+    for text in adapters:
+        name, separator, number = text.partition(":")
+        try:
+            scales.append(float(number) if separator else scale)
+        except ValueError:
+            raise typer.BadParameter(f"{number!r} is no scale; write NAME or NAME:0.8.") from None
+        if name in names:
+            raise typer.BadParameter(f"{name} is given twice.")
+        names.append(name)
+    return names, scales
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     *,
     adapter: Annotated[
-        str,
-        typer.Option("--adapter", "-a", metavar="NAME", help='Adapter, "rex" or "rex@2". Default: the base.'),
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="NAME[:SCALE]",
+            help='Adapter, "rex", "rex@2" or "rex:0.8"; up to 4 of them. Default: the base.',
+        ),
+    ] = None,
     directory: Annotated[
         Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the PNG files.")
     ] = Path(),
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image; image i uses seed + i.")] = 0,
-    scale: Annotated[float | None, typer.Option(help="Scale of the adapter, 0 (the base) to 2.")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Scale of adapters given without one, 0 (the base) to 2.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(metavar="PROMPT", help="What to keep away from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the server's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 is off.")] = None,
@@ -222,8 +246,12 @@ def generate(
     mooring generate "a photo of a red car in the snow"
     mooring generate "a photo of <rex> dog on the beach" --adapter rex --count 4 --out pictures
     mooring generate "a photo of <rex> dog at night" -a rex@2 --seed 7 --scale 0.8 --previews 5
+    mooring generate "<rex> dog beside a <cup> mug" -a rex -a cup:0.7
     """
     import mooring
+
+    names, scales = _scaled(adapter or [], scale)
+    more = zip(names[1:], scales[1:], strict=True)
 
     directory.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "image"
@@ -233,8 +261,9 @@ def generate(
     with errors_shown(), connect(server, state_dir, base=base) as client, status:
         for event in client.generate(
             prompt,
-            adapter=adapter,
-            adapter_scale=scale,
+            adapter=names[0] if names else "",
+            adapter_scale=scales[0] if names else scale,
+            more_adapters={name: 1.0 if at is None else at for name, at in more},
             negative_prompt=negative,
             steps=steps,
             guidance_scale=guidance,

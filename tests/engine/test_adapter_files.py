@@ -223,7 +223,7 @@ def test_diffusers_makes_the_same_image_of_our_export(
     seen = []
     decode = base.decode
     monkeypatch.setattr(base, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
-    row = SampleRow(prompt, slot=bank.acquire(adapter), seed=9, embeddings=adapter.embeddings)
+    row = SampleRow(prompt, mix=[(bank.acquire(adapter), 1.0)], seed=9, embeddings=adapter.embeddings)
     drain(sample(base, bank, [row], steps=4, guidance_scale=3.0))
     assert (seen[0] - expected).abs().max() <= TOLERANCE * expected.abs().max()
     plain = SampleRow("a photo of duck on grass", seed=9)

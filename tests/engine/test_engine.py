@@ -10,8 +10,9 @@ import torch
 from engine_helpers import drain, random_adapter
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import load_base
-from mooring_server.engine.engine import Engine, TaskClass
-from mooring_server.engine.requests import GenerationRequest, ImageReady, Progress, Queued
+from mooring_server.engine.engine import Engine
+from mooring_server.engine.policy import TaskClass
+from mooring_server.engine.requests import AdapterUse, GenerationRequest, ImageReady, Progress, Queued
 from mooring_server.engine.sampling import SampleRow, sample
 from mooring_server.errors import Code, MooringError, Reason
 
@@ -24,6 +25,7 @@ class Numbers:
 
     def __init__(self):
         self.ticks, self.stages, self.batches, self.queues = [], [], [], []
+        self.tenants, self.lookups = [], []
 
     def tick(self, klass, seconds):
         self.ticks.append(klass)
@@ -36,6 +38,12 @@ class Numbers:
 
     def queue(self, klass, waiting, running):
         self.queues.append((klass, waiting, running))
+
+    def used(self, klass, tenant, seconds):
+        self.tenants.append((klass, tenant))
+
+    def prompts(self, queries, hits, kept):
+        self.lookups.append((queries, hits))
 
 
 @pytest.fixture
@@ -285,8 +293,10 @@ def test_many_images_come_in_groups_with_one_count_of_steps(start):
     assert [(e.step, e.steps) for e in events if isinstance(e, Progress)] == [(k, 6) for k in range(1, 7)]
 
 
-def images(engine, **changes):
+def images(engine, adapter=None, **changes):
     found = []
+    if adapter is not None:
+        changes["adapters"] = (AdapterUse(adapter),)
     handle = engine.generate(GenerationRequest(**{**REQUEST, **changes}), found.append)
     handle.result(WAIT)
     return [event.image for event in found if isinstance(event, ImageReady)]
@@ -334,7 +344,7 @@ def test_more_adapters_than_slots_take_turns(start, base):
             if isinstance(event, ImageReady):
                 found[index] = event.image
 
-        handles.append(engine.generate(GenerationRequest(**REQUEST, adapter=adapter), keep))
+        handles.append(engine.generate(GenerationRequest(**REQUEST, adapters=(AdapterUse(adapter),)), keep))
     for handle in handles:
         handle.result(WAIT)
     assert all((found[index] == alone[index % 4]).all() for index in range(8))
@@ -349,10 +359,11 @@ def test_slots_come_back_from_cancelled_and_failing_requests(start, base):
             raise OSError("client is gone")
 
     with pytest.raises(OSError, match="client is gone"):
-        engine.generate(GenerationRequest(**REQUEST, adapter=adapter), fail).result(WAIT)
+        engine.generate(GenerationRequest(**REQUEST, adapters=(AdapterUse(adapter),)), fail).result(WAIT)
     started = threading.Event()
     handle = engine.generate(
-        GenerationRequest(**{**REQUEST, "steps": 150}, adapter=adapter), lambda _event: started.set()
+        GenerationRequest(**{**REQUEST, "steps": 150}, adapters=(AdapterUse(adapter),)),
+        lambda _event: started.set(),
     )
     assert started.wait(WAIT)
     handle.cancel()
@@ -386,7 +397,9 @@ def test_a_request_waits_for_a_slot_that_someone_else_holds(start, base):
     hogging = engine.submit(hog(), TaskClass.TRAINING, "hog")
     assert reserved.wait(WAIT)
     events = []
-    handle = engine.generate(GenerationRequest(**REQUEST, adapter=random_adapter(base, 1)), events.append)
+    handle = engine.generate(
+        GenerationRequest(**REQUEST, adapters=(AdapterUse(random_adapter(base, 1)),)), events.append
+    )
     while not any(isinstance(event, Queued) for event in events):
         time.sleep(0.001)
     assert not handle.done()
@@ -470,7 +483,7 @@ def test_a_deadline_that_passes_in_the_queue_ends_the_request_unstarted(start, g
     engine = start(max_running=1)
     gate.hold(engine)
     events = []
-    request = GenerationRequest(**REQUEST, adapter=random_adapter(base, 1))
+    request = GenerationRequest(**REQUEST, adapters=(AdapterUse(random_adapter(base, 1)),))
     handle = engine.generate(request, events.append, deadline=time.monotonic() + 0.01)
     time.sleep(0.02)
     gate.opened.set()
@@ -487,7 +500,7 @@ def test_a_request_whose_steps_cannot_be_done_in_time_is_refused_before_time_is_
     engine = start()
     adapter = random_adapter(base, 1)
     images(engine, adapter=adapter, count=4)  # three steps of four images: their cost is known now
-    request = GenerationRequest(**{**REQUEST, "steps": 150, "count": 16}, adapter=adapter)
+    request = GenerationRequest(**{**REQUEST, "steps": 150, "count": 16}, adapters=(AdapterUse(adapter),))
     events = []
     ticks = engine.stats().ticks[TaskClass.INTERACTIVE]
     with pytest.raises(MooringError, match="its steps take") as caught:
@@ -508,7 +521,6 @@ BAD = [
     ({"steps": 151}, Reason.STEPS_OUT_OF_RANGE, "steps", "not 151"),
     ({"guidance_scale": float("nan")}, Reason.INVALID_FIELD, "guidance_scale", "not nan"),
     ({"guidance_scale": 31}, Reason.INVALID_FIELD, "guidance_scale", "0 to 30"),
-    ({"adapter_scale": -1}, Reason.INVALID_FIELD, "adapter_scale", "0 to 2"),
     ({"count": 0}, Reason.INVALID_FIELD, "count", "1 to 16"),
     ({"seed": -1}, Reason.INVALID_FIELD, "seed", "not -1"),
     ({"seed": 2**63}, Reason.INVALID_FIELD, "seed", "2\\^63"),
@@ -566,7 +578,9 @@ def test_observers_receive_numbers_and_their_faults_stay_theirs(start, base):
     assert set(numbers.stages) == {"text_encode", "adapter_load", "denoise", "decode"}
     assert numbers.batches == [(4, 1)] * 3
     assert set(numbers.ticks) == {TaskClass.INTERACTIVE}
-    assert len(numbers.ticks) == 2 + 3 + 2 + 1  # two prompts, three steps, two decodes, the end
+    assert len(numbers.ticks) == 2 + 3 + 2  # two prompts, three steps, two decodes
+    assert set(numbers.tenants) == {(TaskClass.INTERACTIVE, "")}
+    assert numbers.lookups == [(2, 0)]
     assert numbers.queues[-1] == (TaskClass.INTERACTIVE, 0, 0)
 
 

@@ -224,7 +224,7 @@ def ours(base, bank, weights, monkeypatch, prompt=PROMPT):
     seen = []
     decode = base.decode
     monkeypatch.setattr(base, "decode", lambda latents: (seen.append(latents), decode(latents))[1])
-    row = SampleRow(prompt, slot=bank.acquire(weights), seed=9, embeddings=weights.embeddings)
+    row = SampleRow(prompt, mix=[(bank.acquire(weights), 1.0)], seed=9, embeddings=weights.embeddings)
     drain(sample(base, bank, [row], steps=3, guidance_scale=3.0))
     monkeypatch.undo()
     return seen[0]

@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from engine_helpers import drain, random_adapter
 from mooring_server.engine.base import SAMPLERS
-from mooring_server.engine.sampling import SampleRow, sample
+from mooring_server.engine.sampling import SampleRow, draw, sample
+from mooring_server.engine.ticks import by_itself
 
 PROMPTS = ["a photo of a duck on the beach", "a red car in snow"]
 SEEDS = [3, 4]
@@ -78,7 +79,7 @@ def test_images_equal_the_pipelines(base, tiny_sd15, bank):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_request_gives_the_same_bits(base, bank, sampler):
-    rows = [SampleRow("a duck", slot=bank.acquire(random_adapter(base, 1)), seed=7)]
+    rows = [SampleRow("a duck", mix=[(bank.acquire(random_adapter(base, 1)), 1.0)], seed=7)]
     first = drain(sample(base, bank, rows, steps=4, guidance_scale=3.0, sampler=sampler))
     again = drain(sample(base, bank, rows, steps=4, guidance_scale=3.0, sampler=sampler))
     assert torch.equal(first, again)
@@ -86,7 +87,7 @@ def test_the_same_request_gives_the_same_bits(base, bank, sampler):
 
 def test_interleaved_requests_give_the_bits_of_undisturbed_ones(base, bank):
     def request(seed, slot):
-        rows = [SampleRow("a red duck", slot=slot, seed=seed)]
+        rows = [SampleRow("a red duck", mix=[(slot, 1.0)], seed=seed)]
         return sample(base, bank, rows, steps=4, guidance_scale=3.0)
 
     slots = [0, *(bank.acquire(random_adapter(base, seed)) for seed in (1, 2))]
@@ -116,16 +117,14 @@ def test_noise_depends_on_the_seed_only(base, bank):
 def test_steps_are_reported_with_previews_that_converge(base_v, make_bank):
     seen = []
     rows = [SampleRow("a duck", seed=index) for index in range(3)]
-    generator = sample(
-        base_v,
-        make_bank(base_v),
-        rows,
-        steps=4,
-        guidance_scale=3.0,
-        batch=2,
-        on_step=lambda step, clean: seen.append((step, clean)),
-    )
-    images = drain(generator)
+    bank = make_bank(base_v)
+
+    def on_step(step, clean):
+        seen.append((step, clean))
+        yield from ()
+
+    steps = draw(base_v, bank, rows, steps=4, guidance_scale=3.0, batch=2, on_step=on_step)
+    images = drain(by_itself(base_v, bank, steps))
     assert [step for step, _ in seen] == list(range(1, 9))
     assert [clean.shape[0] for _, clean in seen] == [2] * 4 + [1] * 4
     final = base_v.decode(seen[3][1])
@@ -143,6 +142,6 @@ def test_no_tick_leaves_grad_mode_or_an_adapter_behind(base, bank):
     embeds = base.encode_prompt(["a duck"])
     latents = torch.ones(1, 4, 8, 8)
     untouched = base.predict(latents, torch.tensor(10), embeds)
-    for _ in sample(base, bank, [SampleRow("a duck", slot=slot)], steps=3, guidance_scale=3.0):
+    for _ in sample(base, bank, [SampleRow("a duck", mix=[(slot, 1.0)])], steps=3, guidance_scale=3.0):
         assert torch.is_grad_enabled()
         assert torch.equal(base.predict(latents, torch.tensor(10), embeds), untouched)

@@ -174,14 +174,15 @@ def test_documented_training_defaults_are_the_trainers():
 
 
 def test_documented_generation_defaults_are_the_engines():
-    from mooring_server.engine.requests import GenerationRequest
+    from mooring_server.engine.requests import AdapterUse, GenerationRequest
 
     text = (CONTRACT / "personalization.proto").read_text()
     documented = re.findall(r"Default: ([\d.]+)\.\n  optional (\w+) (\w+) =", text)
-    assert len(documented) == 5
-    default = GenerationRequest(prompt="")
+    assert len(documented) == 6
+    default, use = GenerationRequest(prompt=""), AdapterUse(weights=None)
     for value, _, name in documented:
-        assert float(value) == getattr(default, name), name
+        engine = use.scale if name in {"adapter_scale", "scale"} else getattr(default, name)
+        assert float(value) == engine, name
 
 
 def test_documented_evaluation_defaults_are_the_evaluators():

@@ -196,12 +196,21 @@ def evaluate(
 
 
 def generate(
-    prompt: str, *, adapter: Any = "", sampler: str = "", **settings: Any
+    prompt: str,
+    *,
+    adapter: Any = "",
+    more_adapters: Mapping[Any, float] | None = None,
+    sampler: str = "",
+    **settings: Any,
 ) -> personalization_pb2.GenerateRequest:
     """Request of `generate`; see `mooring.Client.generate`."""
     return personalization_pb2.GenerateRequest(
         prompt=prompt,
         adapter=resource_name("adapters", adapter),
+        more_adapters=[
+            personalization_pb2.AdapterUse(adapter=resource_name("adapters", name), scale=scale)
+            for name, scale in (more_adapters or {}).items()
+        ],
         sampler=enum_value(personalization_pb2.Sampler, sampler, "sampler"),
         **given(settings),
     )

@@ -387,6 +387,7 @@ class Client:
         *,
         adapter: Any = "",
         adapter_scale: float | None = None,
+        more_adapters: Mapping[Any, float] | None = None,
         negative_prompt: str | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
@@ -406,6 +407,7 @@ class Client:
             prompt: what to draw; with an adapter its placeholder stands for the subject.
             adapter: which adapter; "" is the base alone.
             adapter_scale: 0 (the base) to 2.
+            more_adapters: up to 3 more adapters and their scales; all changes add up.
             negative_prompt: what to keep away from.
             steps: denoising steps.
             guidance_scale: classifier-free guidance, 1 is off.
@@ -422,6 +424,7 @@ class Client:
             adapter=adapter,
             sampler=sampler,
             adapter_scale=adapter_scale,
+            more_adapters=more_adapters,
             negative_prompt=negative_prompt,
             steps=steps,
             guidance_scale=guidance_scale,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +82,7 @@ class Done:
         queue_seconds: from the request's arrival to its first step.
         total_seconds: from the request's arrival to its last image.
         unknown_words: words of the prompts that mean nothing to the base, as far as it can tell.
+        more_adapters: digests of the other adapter versions that were used, by name.
     """
 
     images: int
@@ -91,6 +92,7 @@ class Done:
     queue_seconds: float
     total_seconds: float
     unknown_words: tuple[str, ...] = ()
+    more_adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 GenerateEvent = Queued | Progress | Image | Done
@@ -253,6 +255,7 @@ def done_of(message: personalization_pb2.GenerateDone) -> Done:
         queue_seconds=message.queue_time.ToTimedelta() / timedelta(seconds=1),
         total_seconds=message.total_time.ToTimedelta() / timedelta(seconds=1),
         unknown_words=tuple(message.unknown_words),
+        more_adapters={use.adapter: use.digest for use in message.more_adapters},
     )
 
 

@@ -1,9 +1,12 @@
 """The engine: one thread, one device, ticks.
 
-A task is a generator; one `next()` is one tick. Between any two ticks the policy chooses anew, cancellations
-take effect, and nothing else ever touches the device, so there are no shared-pipeline races to guard against.
-A task that raises fails alone. Left out: batching rows of several requests together (the bank can already do
-it).
+A task is a generator; between any two ticks the policy chooses anew, cancellations take effect, and nothing
+else ever touches the device, so there are no shared-pipeline races to guard against. A task that needs the
+UNet yields a call for it (`ticks`), and the engine answers the calls of several tasks with one pass: tasks
+join and leave at every step, whatever their adapters, timesteps, samplers and guidance scales. How many rows
+a pass takes is read from a table of measured costs (`costs`). A task that raises fails alone.
+
+Left out: splitting a task's own rows over several passes.
 """
 
 from __future__ import annotations
@@ -11,131 +14,32 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import structlog
 import torch
 from torch import Tensor
 
-from mooring_server.engine.bank import ZERO_SLOT, AdapterBank
+from mooring_server.engine.bank import AdapterBank, Mix
+from mooring_server.engine.costs import CostTable
 from mooring_server.engine.model import BaseModel
-from mooring_server.engine.policy import SchedulingPolicy, TaskClass, Ticket
+from mooring_server.engine.policy import SchedulingPolicy, TaskClass
+from mooring_server.engine.prompt_cache import PromptCache
 from mooring_server.engine.requests import GenerationEvent, GenerationRequest, ImageReady, Progress, Queued
-from mooring_server.engine.sampling import MAX_BATCH, SampleRow, sample
+from mooring_server.engine.sampling import MAX_BATCH, SampleRow, draw
+from mooring_server.engine.tasks import EngineObserver, EngineStats, Lane, Task, TaskHandle
+from mooring_server.engine.ticks import Steps, answer, by_itself
 from mooring_server.errors import MooringError, Reason
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
 
-
-class EngineObserver(Protocol):
-    """Receives the engine's numbers, on the engine thread; must not block. Telemetry implements it."""
-
-    def tick(self, klass: TaskClass, seconds: float) -> None:
-        """A tick of a class took so long."""
-
-    def stage(self, name: str, seconds: float) -> None:
-        """A stage (text_encode, denoise, decode, encode, adapter_load) took so long."""
-
-    def batch(self, size: int, adapters: int) -> None:
-        """A batch of `size` UNet rows with so many distinct adapters ran."""
-
-    def queue(self, klass: TaskClass, waiting: int, running: int) -> None:
-        """A class's queue changed."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot of the engine.
-
-    Args:
-        waiting: tasks not yet started, by class.
-        running: tasks started and not finished, by class.
-        busy_seconds: device time used so far, by class.
-        ticks: ticks so far, by class.
-        draining: whether new tasks are refused.
-    """
-
-    waiting: dict[TaskClass, int]
-    running: dict[TaskClass, int]
-    busy_seconds: dict[TaskClass, float]
-    ticks: dict[TaskClass, int]
-    draining: bool
-
-
-class TaskHandle(Generic[T]):
-    """A submitted task, from outside. All methods are thread-safe."""
-
-    def __init__(self, name: str, klass: TaskClass, wake: Callable[[], None]) -> None:
-        self.name = name
-        self.klass = klass
-        self._future: Future[T] = Future()
-        self._cancelled = threading.Event()
-        self._wake = wake
-
-    def cancel(self) -> None:
-        """Stop the task before its next tick; `result` then raises CANCELLED. Nothing when it is done."""
-        self._cancelled.set()
-        self._wake()
-
-    def done(self) -> bool:
-        """Whether the task ended, in whatever way."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> T:
-        """Wait for what the generator returned.
-
-        Raises:
-            TimeoutError: after `timeout` seconds.
-            MooringError: CANCELLED, DEADLINE_EXCEEDED, DRAINING, OUT_OF_MEMORY.
-            Exception: whatever the task raised.
-        """
-        return self._future.result(timeout)
-
-    def add_done_callback(self, callback: Callable[[TaskHandle[T]], None]) -> None:
-        """Call `callback(handle)` when the task ends: on the engine thread, or at once when it has ended."""
-        self._future.add_done_callback(lambda _future: callback(self))
-
-
-@dataclass(eq=False, kw_only=True)
-class _Task(Ticket):
-    """A task, from inside; the policy knows the rest of it.
-
-    Args:
-        steps: the generator.
-        handle: what the caller holds.
-        ready: asked before the task starts; False leaves it waiting. None: it may start at any time.
-        on_position: told the place in the queue whenever it changes.
-    """
-
-    steps: Generator[None, None, Any]
-    handle: TaskHandle[Any]
-    ready: Callable[[], bool] | None = None
-    on_position: Callable[[int], None] | None = None
-    position: int = -1
-
-
-@dataclass(eq=False)
-class _Lane:
-    """The tasks of one class.
-
-    Args:
-        waiting: in order of arrival.
-        running: in order of their start.
-        busy_seconds: device time used so far.
-        ticks: so far.
-        moved: places in the queue have to be told anew.
-    """
-
-    waiting: deque[_Task] = field(default_factory=deque)
-    running: list[_Task] = field(default_factory=list)
-    moved: bool = False
-    busy_seconds: float = 0.0
-    ticks: int = 0
+RIDE_SLOWDOWN = 1.25
+"""How much longer a pass may take because rows of less urgent classes ride along."""
+PROMPT_CACHE_BYTES = 64 * 2**20
+_GUESS = {1: 0.01, 16: 0.05}
+"""Seconds by rows of a pass before any was measured."""
 
 
 class Engine:
@@ -148,8 +52,13 @@ class Engine:
         training_share: least share of device time for training while it has work.
         max_queue: tasks of one class that may wait; one more is refused with QUEUE_FULL.
         max_running: tasks of one class that take turns; the others wait, so that each one's latency stays
-            bounded. As many again may run while they are of tenants that have nothing running yet.
+            bounded. As many again may run while they are of tenants that have nothing running yet. None: as
+            many guided images as one pass of the UNet takes, at least 4.
         tenant_weights: shares of tenants within a class relative to each other; those not named have 1.
+        costs: what passes of the UNet cost; None starts with a guess that the passes then correct.
+        deterministic: an image's bits do not depend on what it was batched with. On the CPU passes are
+            computed row by row (`row_wise`); elsewhere requests are not batched with each other.
+        prompt_cache_bytes: for encoded prompts.
         observer: receives numbers.
     """
 
@@ -161,19 +70,26 @@ class Engine:
         threads: int | None = None,
         training_share: float = 0.2,
         max_queue: int = 64,
-        max_running: int = 4,
+        max_running: int | None = None,
         tenant_weights: Mapping[str, float] | None = None,
+        costs: CostTable | None = None,
+        deterministic: bool = True,
+        prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         observer: EngineObserver | None = None,
     ) -> None:
         self.base = base
         self.bank = bank
         self.max_queue = max_queue
-        self.max_running = max_running
+        native = base.native_size // base.vae_scale_factor
+        self.costs = costs or CostTable((native, native), _GUESS, max_step_seconds=math.inf)
+        self.max_running = max_running or max(4, self.costs.limit((native, native)) // 2)
+        self.deterministic = deterministic
+        self._row_wise = deterministic and base.device.type == "cpu"
+        self._prompts = PromptCache(prompt_cache_bytes)
         self._observers: list[EngineObserver] = [] if observer is None else [observer]
         self._faulty: set[str] = set()
         self._policy = SchedulingPolicy(training_share, weights=tenant_weights)
-        self._steps_in_tick = 0
-        self._lanes = {klass: _Lane() for klass in TaskClass}
+        self._lanes = {klass: Lane() for klass in TaskClass}
         self._changed = threading.Condition()
         self._draining = False
         self._stopped = False
@@ -190,13 +106,14 @@ class Engine:
     # ------------------------------------------------------------------ submitting
 
     def submit(
-        self, steps: Generator[None, None, T], klass: TaskClass, name: str, *, tenant: str = ""
+        self, steps: Steps[T] | Generator[None, None, T], klass: TaskClass, name: str, *, tenant: str = ""
     ) -> TaskHandle[T]:
         """Queue a generator. It runs on the engine thread only, from its first line on.
 
         Args:
-            steps: one `yield` per tick; its return value is the result. On cancellation it is closed: release
-                what it holds in `finally`. It must not yield inside a `with torch.no_grad()` or `bank.rows`.
+            steps: one `yield` per tick (see `ticks`); its return value is the result. On cancellation it is
+                closed: release what it holds in `finally`. It must not yield inside a `with torch.no_grad()`
+                or `bank.rows`.
             klass: decides when it runs.
             name: for logs and errors.
             tenant: whose work it is.
@@ -205,7 +122,7 @@ class Engine:
             MooringError: QUEUE_FULL, DRAINING.
         """
         handle: TaskHandle[T] = TaskHandle(name, klass, self._wake)
-        self._enqueue(_Task(steps=steps, handle=handle, klass=klass, tenant=tenant))
+        self._enqueue(Task(steps=steps, handle=handle, klass=klass, tenant=tenant))
         return handle
 
     def generate(
@@ -233,54 +150,62 @@ class Engine:
             MooringError: what `GenerationRequest.validate` raises, QUEUE_FULL, DRAINING.
         """
         request.validate(self.base)
-        if request.adapter is not None:
-            self.bank.require_fits(request.adapter)
+        for use in request.adapters:
+            self.bank.require_fits(use.weights)
         slots: list[int] = []
-
-        def ready() -> bool:
-            if request.adapter is None:
-                slots.append(ZERO_SLOT)
-                return True
-            slot = self.bank.try_acquire(request.adapter)
-            slots.extend([] if slot is None else [slot])
-            return slot is not None
-
         handle: TaskHandle[None] = TaskHandle("generate", klass, self._wake)
 
         def release(_handle: TaskHandle[None]) -> None:
-            for slot in slots:
-                self.bank.release(slot)
+            while slots:
+                self.bank.release(slots.pop())
 
-        handle.add_done_callback(release)  # `ready` took the slot: it goes back however the task ends
-        batch = min(request.count, MAX_BATCH)
-        task = _Task(
+        handle.add_done_callback(release)  # `ready` took the slots: they go back however the task ends
+        digests = [use.weights.digest for use in request.adapters]
+        task = Task(
             steps=self._generate(request, on_event, slots),
             handle=handle,
-            ready=ready,
+            ready=lambda: self._take_slots(request, slots),
             on_position=lambda position: on_event(Queued(position)),
             klass=klass,
             tenant=tenant,
             deadline=deadline,
-            adapter="" if request.adapter is None else request.adapter.digest,
+            adapter=digests[0] if digests else "",
             # what decides how long a step takes
-            kind=(request.height, request.width, batch, request.guidance_scale > 1, request.adapter is None),
+            kind=(
+                request.height,
+                request.width,
+                min(request.count, MAX_BATCH),
+                request.guidance_scale > 1,
+                len(digests),
+            ),
             steps_left=request.steps * math.ceil(request.count / MAX_BATCH),
         )
         self._enqueue(task)
         return handle
 
+    def _take_slots(self, request: GenerationRequest, slots: list[int]) -> bool:
+        """Pin a slot for each adapter, or none of them."""
+        for use in request.adapters:
+            slot = self.bank.try_acquire(use.weights)
+            if slot is None:
+                while slots:  # two requests that hold one slot each and want another would wait for ever
+                    self.bank.release(slots.pop())
+                return False
+            slots.append(slot)
+        return True
+
     def _generate(
         self, request: GenerationRequest, on_event: Callable[[GenerationEvent], None], slots: Sequence[int]
-    ) -> Generator[None, None, None]:
-        adapter = request.adapter
+    ) -> Steps[None]:
+        mix: Mix = [(slot, use.scale) for slot, use in zip(slots, request.adapters, strict=True)]
         rows = [
             SampleRow(
                 prompt=request.prompt,
                 negative_prompt=request.negative_prompt,
-                slot=slots[0],
-                scale=request.adapter_scale,
+                mix=mix,
                 seed=request.seed + index,
-                embeddings=None if adapter is None else adapter.embeddings,
+                embeddings=request.embeddings,
+                text_key=_text_key(request),
             )
             for index in range(request.count)
         ]
@@ -288,15 +213,16 @@ class Engine:
         total = request.steps * len(groups)
         for number, group in enumerate(groups):
 
-            def report(step: int, clean: Tensor, before: int = number * request.steps) -> None:
-                due = (
-                    request.preview_interval and step % request.preview_interval == 0 and step < request.steps
-                )
-                preview = self.base.decode(clean[:1])[0].numpy() if due else None
+            def report(
+                step: int, clean: Tensor, before: int = number * request.steps
+            ) -> Generator[None, Any, None]:
+                preview = None
+                if request.preview_interval and step % request.preview_interval == 0 and step < request.steps:
+                    yield None  # a tick of its own, as every decode
+                    preview = self.base.decode(clean[:1])[0].numpy()
                 on_event(Progress(before + step, total, preview))
-                self._steps_in_tick += 1
 
-            images = yield from sample(
+            drawn = draw(
                 self.base,
                 self.bank,
                 group,
@@ -306,12 +232,18 @@ class Engine:
                 width=request.width,
                 sampler=request.sampler,
                 on_step=report,
+                prompts=self._prompts,
             )
+            # elsewhere than on the CPU a batch decides about bits: then nobody else's rows are in it
+            apart = self.deterministic and not self._row_wise
+            images = yield from by_itself(self.base, self.bank, drawn) if apart else drawn
+            if number == 0:
+                self._tell("prompts", self._prompts.queries, self._prompts.hits, self._prompts.bytes)
             for offset, image in enumerate(images):
                 index = number * MAX_BATCH + offset
                 on_event(ImageReady(index, request.seed + index, image.numpy()))
 
-    def _enqueue(self, task: _Task) -> None:
+    def _enqueue(self, task: Task) -> None:
         with self._changed:
             if self._draining:
                 raise MooringError(Reason.DRAINING, "The server is shutting down.", remedy="Try another one.")
@@ -379,38 +311,99 @@ class Engine:
                 with self._changed:
                     self._changed.wait(timeout=0.05)
                 continue
-            task = self._policy.pick(started, time.monotonic())
-            seconds = self._tick(task)
-            self._policy.charge(task, seconds, time.monotonic(), steps=self._steps_in_tick)
+            self._tick(self._policy.pick(started, time.monotonic()), started)
         self._end_all()
 
-    def _started(self) -> list[_Task]:
+    def _started(self) -> list[Task]:
         return [task for lane in self._lanes.values() for task in lane.running]
 
-    def _tick(self, task: _Task) -> float:
-        klass, lane = task.klass, self._lanes[task.klass]
-        self._steps_in_tick = 0
-        started = time.perf_counter()
-        finished: Callable[[], None] | None = None
+    def _tick(self, leader: Task, started: Sequence[Task]) -> None:
+        """Run the task that was picked, and with it those whose UNet calls fit into the same pass."""
+        began = time.perf_counter()
+        members = [leader] if leader.call is None else self._together(leader, started)
+        sizes = [1 if task.call is None else task.call.rows for task in members]
+        answers = [None] if leader.call is None else self._answer(members)
+        common = time.perf_counter() - began
+        for task, size, sent in zip(members, sizes, answers, strict=True):
+            steps = int(task.call is not None and task.steps_left > 0)
+            own, finish = self._advance(task, sent)
+            part = common * size / sum(sizes) + own
+            lane = self._lanes[task.klass]
+            self._policy.charge(task, part, time.monotonic(), steps=steps, wall=common + own)
+            with self._changed:
+                lane.busy_seconds += part
+                lane.ticks += task is leader
+                if finish is not None:
+                    lane.running.remove(task)
+            self._tell("used", task.klass, task.tenant, part)
+            if finish is not None:
+                self._queue_changed(task.klass)
+                finish()
+        self._tell("tick", leader.klass, time.perf_counter() - began)
+
+    def _together(self, leader: Task, started: Sequence[Task]) -> list[Task]:
+        """The leader and those that ride along.
+
+        Of the leader's class (and of more urgent ones) as many as make the best pass; of others, who have
+        their own guaranteed share, as many as slow the pass down a little only.
+        """
+        call = leader.call
+        assert call is not None
+        members, rows = [leader], call.rows
+        others = [
+            task for task in started if task is not leader and task.call and task.call.shape == call.shape
+        ]
+        limit, urgent = self.costs.limit(call.shape), rows
+        for task in self._policy.companions(others):
+            more = task.call.rows if task.call else 0
+            if rows + more > limit:
+                continue
+            if task.klass > leader.klass:
+                bearable = RIDE_SLOWDOWN * self.costs.seconds(call.shape, urgent)
+                if self.costs.seconds(call.shape, rows + more) > bearable:
+                    continue
+            else:
+                urgent += more
+            members.append(task)
+            rows += more
+        return members
+
+    def _answer(self, members: Sequence[Task]) -> list[Tensor | BaseException]:
+        """The predictions; where the common pass fails, each task by itself, so that it fails alone."""
+        calls = [task.call for task in members if task.call is not None]
+        began = time.perf_counter()
         try:
-            next(task.steps)
+            found: list[Tensor | BaseException] = [
+                *answer(self.base, self.bank, calls, row_wise=self._row_wise)
+            ]
+        except BaseException as error:  # noqa: BLE001 - handed to the task it belongs to
+            if len(members) == 1:
+                return [error]
+            return [one for task in members for one in self._answer([task])]
+        rows = sum(call.rows for call in calls)
+        self.costs.observe(calls[0].shape, rows, time.perf_counter() - began)
+        return [*found]
+
+    def _advance(
+        self, task: Task, sent: Tensor | BaseException | None
+    ) -> tuple[float, Callable[[], None] | None]:
+        """Run a task up to what it wants next; its seconds, and what to call once it has ended."""
+        began = time.perf_counter()
+        finish: Callable[[], None] | None = None
+        future = task.handle._future  # noqa: SLF001 - one class in two parts
+        task.call = None
+        try:
+            if isinstance(sent, BaseException):
+                task.call = task.steps.throw(sent)
+            else:
+                task.call = task.steps.send(sent)  # type: ignore[arg-type] # None unless it asked
         except StopIteration as stop:
             value = stop.value
-            finished = lambda: task.handle._future.set_result(value)  # noqa: E731, SLF001
+            finish = lambda: future.set_result(value)  # noqa: E731
         except BaseException as error:  # noqa: BLE001 - a failing task must fail alone, whatever it raises
             failure = _typed(error)
-            finished = lambda: task.handle._future.set_exception(failure)  # noqa: E731, SLF001
-        seconds = time.perf_counter() - started
-        with self._changed:
-            lane.busy_seconds += seconds
-            lane.ticks += 1
-            if finished is not None:
-                lane.running.remove(task)
-        self._tell("tick", klass, seconds)
-        if finished is not None:
-            self._queue_changed(klass)
-            finished()
-        return seconds
+            finish = lambda: future.set_exception(failure)  # noqa: E731
+        return time.perf_counter() - began, finish
 
     def _admit(self) -> None:
         """Start waiting tasks, as far as places and slots allow; tell the others where they stand."""
@@ -432,7 +425,7 @@ class Engine:
                     self._close(task, _typed(error))
                     self._queue_changed(klass)
 
-    def _start_next(self, lane: _Lane) -> bool:
+    def _start_next(self, lane: Lane) -> bool:
         """Start one task of a class, or end it where starting fails. False: none can start now."""
         now = time.monotonic()
         waiting = list(lane.waiting)  # others may be appended meanwhile
@@ -461,7 +454,7 @@ class Engine:
             return True
         return False
 
-    def _announce(self, task: _Task, position: int) -> None:
+    def _announce(self, task: Task, position: int) -> None:
         if task.on_position is not None and task.position != position:
             task.position = position
             task.on_position(position)
@@ -470,7 +463,7 @@ class Engine:
         """End what was cancelled, and what cannot make its deadline any more."""
         for klass, lane in self._lanes.items():
             tasks = (*lane.waiting, *lane.running)
-            ended: list[tuple[_Task, MooringError]] = [
+            ended: list[tuple[Task, MooringError]] = [
                 (task, MooringError(Reason.CANCELLED, f"{task.handle.name} was cancelled."))
                 for task in tasks
                 if task.handle._cancelled.is_set()  # noqa: SLF001
@@ -497,7 +490,7 @@ class Engine:
             lane.running.clear()
             lane.waiting.clear()
 
-    def _close(self, task: _Task, reason: BaseException) -> None:
+    def _close(self, task: Task, reason: BaseException) -> None:
         try:
             task.steps.close()
         except BaseException as error:  # noqa: BLE001 - its own clean-up failed; the others go on
@@ -535,7 +528,16 @@ def _typed(error: BaseException) -> BaseException:
     return error
 
 
-def _too_late(task: _Task, needed: float, now: float) -> MooringError:
+def _text_key(request: GenerationRequest) -> Hashable:
+    """Everything about the adapters that changes how a prompt is encoded."""
+    return tuple(
+        (use.weights.text_digest, use.scale if use.weights.has_text_layers else 1.0)
+        for use in request.adapters
+        if use.weights.text_digest
+    )
+
+
+def _too_late(task: Task, needed: float, now: float) -> MooringError:
     left = max(0.0, task.due - now)
     return MooringError(
         Reason.DEADLINE_EXCEEDED,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mooring_server.engine.adapters import LearnedEmbeddings
+from mooring_server.engine.row_wise import RowWise
 from mooring_server.engine.tokens import PromptTokenizer, Tokens, words_of
 from mooring_server.errors import FieldViolation, MooringError, Reason
 
@@ -146,6 +147,7 @@ class BaseModel:
             for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
         ]
         self.max_prompt_tokens = min(tokenizer.limit for tokenizer in self._prompt_tokenizers)
+        self._row_wise = RowWise(unet)
         self._learned: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(self.text_encoders)
         for index, encoder in enumerate(self.text_encoders):
             encoder.get_input_embeddings().register_forward_hook(self._learned_hook(index))
@@ -286,7 +288,13 @@ class BaseModel:
     # ------------------------------------------------------------------ networks
 
     def predict(
-        self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds, *, autocast: bool | None = None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        embeds: PromptEmbeds,
+        *,
+        autocast: bool | None = None,
+        row_wise: bool = False,
     ) -> Tensor:
         """The UNet's raw output: noise or velocity, whichever the base predicts. Differentiable.
 
@@ -295,6 +303,7 @@ class BaseModel:
             timesteps: `[B]` or a scalar.
             embeds: B rows.
             autocast: bfloat16 computation for this call; None takes the base's setting.
+            row_wise: each row gets the bits it has in a batch of one; CPU only, slower (see `row_wise`).
 
         Returns:
             `[B, C, H, W]` in the dtype of `latents`.
@@ -309,7 +318,8 @@ class BaseModel:
             ids = torch.tensor([[*size, 0, 0, *size]], device=latents.device, dtype=embeds.hidden.dtype)
             conditions = {"text_embeds": embeds.pooled, "time_ids": ids.expand(batch, -1)}
         enabled = self.autocast if autocast is None else autocast
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
+        by_row = self._row_wise.active() if row_wise else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled), by_row:
             output: Tensor = self.unet(
                 latents.to(self.dtype),
                 timesteps.expand(batch) if timesteps.ndim == 0 else timesteps,

@@ -167,7 +167,24 @@ class SchedulingPolicy:
             self._lanes[klass], [ticket for ticket in started if ticket.klass is klass], now
         )
 
-    def charge(self, ticket: Ticket, seconds: float, now: float, *, steps: int = 0) -> None:
+    def companions(self, tickets: Iterable[TicketT]) -> list[TicketT]:
+        """Tasks that could share the pass of the one picked, those with the best claim first.
+
+        By class, how little their tenant has used, deadline, and how long they have gone without a tick.
+        """
+        return sorted(
+            tickets,
+            key=lambda ticket: (
+                ticket.klass,
+                self._lanes[ticket.klass].virtual.get(ticket.tenant, 0.0),
+                ticket.due,
+                ticket.turn,
+            ),
+        )
+
+    def charge(
+        self, ticket: Ticket, seconds: float, now: float, *, steps: int = 0, wall: float | None = None
+    ) -> None:
         """Book a tick, or a task's part of one.
 
         Args:
@@ -175,6 +192,7 @@ class SchedulingPolicy:
             seconds: what it cost.
             now: when it ended.
             steps: steps of the task that it completed; the cost of its kind is learned from them.
+            wall: how long it took, where that is more than its part; None: as long as it cost.
         """
         self._serve(ticket, now)
         lane = self._lanes[ticket.klass]
@@ -183,7 +201,7 @@ class SchedulingPolicy:
         )
         if steps:
             ticket.steps_left = max(0, ticket.steps_left - steps)
-            self._learn(ticket.kind, seconds / steps)
+            self._learn(ticket.kind, (seconds if wall is None else wall) / steps)
         self._charge_class(ticket.klass, seconds)
 
     def _pick_class(self) -> TaskClass:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mooring_server.engine.adapters import AdapterWeights
+from mooring_server.engine.adapters import AdapterWeights, LearnedEmbeddings
 from mooring_server.engine.model import SAMPLERS, BaseModel
 from mooring_server.errors import FieldViolation, MooringError, Reason
 
@@ -17,10 +18,24 @@ MAX_COUNT = 16
 MAX_STEPS = 150
 MAX_GUIDANCE = 30.0
 MAX_ADAPTER_SCALE = 2.0
+MAX_ADAPTERS = 4
 MAX_SIZE_FACTOR = 2
 """Largest side, as a multiple of the base's native size."""
 
 _PLACEHOLDER_LIKE = re.compile(r"<[\w-]+>")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterUse:
+    """An adapter and how strongly it acts.
+
+    Args:
+        weights: the adapter.
+        scale: factor on its ΔW, 0 to 2. Learned tokens are not scaled.
+    """
+
+    weights: AdapterWeights
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +44,8 @@ class GenerationRequest:
 
     Args:
         prompt: what to show; at most the base's token limit.
-        adapter: the adapter, or None for the base.
+        adapters: up to 4, whose changes add up; none for the base.
         negative_prompt: what to steer away from.
-        adapter_scale: factor on the adapter, 0 to 2.
         steps: denoising steps, 1 to 150.
         guidance_scale: classifier-free guidance, 0 to 30; 1 and below means none.
         height: pixels; None is the base's native size.
@@ -43,9 +57,8 @@ class GenerationRequest:
     """
 
     prompt: str
-    adapter: AdapterWeights | None = None
+    adapters: tuple[AdapterUse, ...] = ()
     negative_prompt: str = ""
-    adapter_scale: float = 1.0
     steps: int = 25
     guidance_scale: float = 4.0
     height: int | None = None
@@ -62,20 +75,16 @@ class GenerationRequest:
             MooringError: EMPTY_PROMPT, PROMPT_TOO_LONG, UNKNOWN_PLACEHOLDER, STEPS_OUT_OF_RANGE,
                 SIZE_NOT_SUPPORTED, BASE_DIGEST_MISMATCH or INVALID_FIELD, with the field's name.
         """
+        self._validate_adapters(base)
         self._validate_prompts(base)
         limit = min(MAX_STEPS, base.num_train_timesteps)
         if not 1 <= self.steps <= limit:
             raise _refused(
                 Reason.STEPS_OUT_OF_RANGE, "steps", f"steps must lie in 1 to {limit}, not {self.steps}."
             )
-        for name, value, largest in (
-            ("guidance_scale", self.guidance_scale, MAX_GUIDANCE),
-            ("adapter_scale", self.adapter_scale, MAX_ADAPTER_SCALE),
-        ):
-            if not math.isfinite(value) or not 0 <= value <= largest:
-                raise _refused(
-                    Reason.INVALID_FIELD, name, f"{name} must lie in 0 to {largest:g}, not {value:g}."
-                )
+        require_within("guidance_scale", self.guidance_scale, MAX_GUIDANCE)
+        for use in self.adapters:
+            require_within("adapter_scale", use.scale, MAX_ADAPTER_SCALE)
         if not 1 <= self.count <= MAX_COUNT:
             raise _refused(
                 Reason.INVALID_FIELD, "count", f"count must lie in 1 to {MAX_COUNT}, not {self.count}."
@@ -90,26 +99,57 @@ class GenerationRequest:
             raise _refused(Reason.INVALID_FIELD, "sampler", message)
         self._validate_size(base)
 
+    @cached_property
+    def embeddings(self) -> LearnedEmbeddings | None:
+        """The learned tokens of all its adapters; None when they have none."""
+        tokens = {
+            name: vectors
+            for use in self.adapters
+            if use.weights.embeddings is not None
+            for name, vectors in use.weights.embeddings.tokens.items()
+        }
+        return LearnedEmbeddings(tokens) if tokens else None
+
+    def _validate_adapters(self, base: BaseModel) -> None:
+        if len(self.adapters) > MAX_ADAPTERS:
+            message = f"A request takes up to {MAX_ADAPTERS} adapters, not {len(self.adapters)}."
+            raise _refused(Reason.INVALID_FIELD, "adapters", message)
+        names: set[str] = set()
+        digests: set[str] = set()
+        for use in self.adapters:
+            weights = use.weights
+            if weights.base_digest != base.digest:
+                message = (
+                    f"The adapter belongs to base {weights.base_digest}, this server runs {base.digest}."
+                )
+                raise _refused(Reason.BASE_DIGEST_MISMATCH, "adapter", message)
+            if weights.digest in digests:
+                message = "The same adapter is named twice; name it once with the sum of the scales."
+                raise _refused(Reason.INVALID_FIELD, "adapters", message)
+            digests.add(weights.digest)
+            mine = {name.lower() for name in weights.embeddings.tokens} if weights.embeddings else set()
+            if names & mine:
+                message = (
+                    f"Two of the adapters bring their own {min(names & mine)}; a prompt could mean either."
+                )
+                raise _refused(Reason.INVALID_FIELD, "adapters", message)
+            names |= mine
+
     def _validate_prompts(self, base: BaseModel) -> None:
         if not self.prompt.strip():
             raise _refused(
                 Reason.EMPTY_PROMPT, "prompt", "The prompt is empty; say what the picture shall show."
             )
-        embeddings = None if self.adapter is None else self.adapter.embeddings
+        embeddings = self.embeddings
         known = {name.lower() for name in embeddings.tokens} if embeddings else set()
         for field, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
             base.require_prompt_fits(text, embeddings, field=field)
             strangers = [word for word in _PLACEHOLDER_LIKE.findall(text) if word.lower() not in known]
             if strangers:
                 offered = f"it knows {', '.join(sorted(known))}" if known else "it knows none"
-                whose = "the base model" if self.adapter is None else "this adapter"
+                whose = ("the base model", "this adapter", "these adapters")[min(2, len(self.adapters))]
                 message = f"{strangers[0]} is no placeholder of {whose}; {offered}."
                 raise _refused(Reason.UNKNOWN_PLACEHOLDER, field, message)
-        if self.adapter is not None and self.adapter.base_digest != base.digest:
-            message = (
-                f"The adapter belongs to base {self.adapter.base_digest}, this server runs {base.digest}."
-            )
-            raise _refused(Reason.BASE_DIGEST_MISMATCH, "adapter", message)
 
     def _validate_size(self, base: BaseModel) -> None:
         largest, step = base.native_size * MAX_SIZE_FACTOR, base.vae_scale_factor
@@ -163,6 +203,12 @@ class ImageReady:
 
 
 GenerationEvent = Queued | Progress | ImageReady
+
+
+def require_within(field: str, value: float, largest: float) -> None:
+    """Refuse a number that is not finite or not in 0 to `largest`. Raises INVALID_FIELD with the field."""
+    if not math.isfinite(value) or not 0 <= value <= largest:
+        raise _refused(Reason.INVALID_FIELD, field, f"{field} must lie in 0 to {largest:g}, not {value:g}.")
 
 
 def _refused(reason: Reason, field: str, message: str) -> MooringError:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from mooring_server.engine.adapters import AdapterWeights
-from mooring_server.engine.bank import ZERO_SLOT, AdapterBank
+from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import BaseModel
 from mooring_server.engine.sampling import MAX_BATCH, SampleRow, sample
 from mooring_server.errors import FieldViolation, MooringError, Reason
@@ -128,7 +128,7 @@ def evaluate(
         slot = bank.acquire(adapter)
         try:
             rows = [
-                SampleRow(shot.prompt, "", slot, config.adapter_scale, shot.seed, adapter.embeddings)
+                SampleRow(shot.prompt, "", [(slot, config.adapter_scale)], shot.seed, adapter.embeddings)
                 for shot in shots
             ]
             adapted_images = yield from meter.phase("adapted images", _draw(base, bank, rows, config))
@@ -245,7 +245,7 @@ def _draw_base(
             cache.images.move_to_end(key)
             have[key] = cache.images[key]
     missing = {
-        key: SampleRow(shot.base_prompt, "", ZERO_SLOT, 1.0, shot.seed)
+        key: SampleRow(shot.base_prompt, seed=shot.seed)
         for key, shot in zip(keys, shots, strict=True)
         if key not in have
     }

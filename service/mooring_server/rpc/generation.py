@@ -10,10 +10,18 @@ from dataclasses import dataclass
 
 from mooring.v1 import personalization_pb2 as pb
 
-from mooring_server.engine.engine import TaskHandle
 from mooring_server.engine.model import SAMPLERS
 from mooring_server.engine.policy import TaskClass
-from mooring_server.engine.requests import GenerationEvent, GenerationRequest, Progress
+from mooring_server.engine.requests import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
+    AdapterUse,
+    GenerationEvent,
+    GenerationRequest,
+    Progress,
+    require_within,
+)
+from mooring_server.engine.tasks import TaskHandle
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import names
 from mooring_server.rpc.edge import Context
@@ -30,18 +38,20 @@ class Prepared:
     """A checked request, ready for the engine.
 
     Attributes:
-        adapter: name of the adapter version, empty for the base alone.
+        adapters: names of the adapter versions, in the order of the request's; empty for the base alone.
         unknown_words: words of both prompts that mean nothing to the base, in order.
     """
 
     request: GenerationRequest
-    adapter: str = ""
+    adapters: tuple[str, ...] = ()
     unknown_words: tuple[str, ...] = ()
 
-    @property
-    def adapter_digest(self) -> str:
-        """Digest of the adapter, empty for the base alone."""
-        return "" if self.request.adapter is None else self.request.adapter.digest
+    def used(self) -> list[pb.UsedAdapter]:
+        """Name and digest of each adapter."""
+        return [
+            pb.UsedAdapter(adapter=name, digest=use.weights.digest)
+            for name, use in zip(self.adapters, self.request.adapters, strict=True)
+        ]
 
 
 def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepared:
@@ -60,17 +70,14 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
                 metadata={"cut": text[MAX_PROMPT_CHARACTERS:]},
                 fields=[FieldViolation(field, problem)],
             )
-    weights, adapter_name = None, ""
-    if message.adapter:
-        where = names.resolve_adapter(tenant, message.adapter, "adapter")
-        adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
-        weights = runtime.adapters.get(adapter)
-        adapter_name = names.adapter(tenant, adapter.name)
+    found = [
+        _adapter(runtime, tenant, wanted.adapter, field, wanted.scale if wanted.HasField("scale") else 1.0)
+        for field, wanted in _wanted(message)
+    ]
     request = GenerationRequest(
         prompt=message.prompt,
         negative_prompt=message.negative_prompt,
-        adapter=weights,
-        adapter_scale=message.adapter_scale if message.HasField("adapter_scale") else DEFAULTS.adapter_scale,
+        adapters=tuple(use for _, use in found),
         steps=message.steps if message.HasField("steps") else DEFAULTS.steps,
         guidance_scale=(
             message.guidance_scale if message.HasField("guidance_scale") else DEFAULTS.guidance_scale
@@ -83,10 +90,41 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
         preview_interval=message.preview_interval,
     )
     request.validate(runtime.base)
-    learned = None if weights is None else weights.embeddings
-    checks = [runtime.base.check_prompt(text, learned) for text in (request.prompt, request.negative_prompt)]
+    texts = (request.prompt, request.negative_prompt)
+    checks = [runtime.base.check_prompt(text, request.embeddings) for text in texts]
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
-    return Prepared(request, adapter_name, tuple(unknown))
+    return Prepared(request, tuple(name for name, _ in found), tuple(unknown))
+
+
+def _wanted(message: pb.GenerateRequest) -> list[tuple[str, pb.AdapterUse]]:
+    """The adapters that a request names, each with the field that names it; their scales are checked."""
+    if message.HasField("adapter_scale"):
+        require_within("adapter_scale", message.adapter_scale, MAX_ADAPTER_SCALE)
+    if len(message.more_adapters) >= MAX_ADAPTERS:
+        problem = (
+            f"takes up to {MAX_ADAPTERS - 1} adapters besides `adapter`, not {len(message.more_adapters)}"
+        )
+        raise _invalid("more_adapters", problem)
+    more = [(f"more_adapters[{index}]", use) for index, use in enumerate(message.more_adapters)]
+    for field, use in more:
+        require_within(f"{field}.scale", use.scale if use.HasField("scale") else 1.0, MAX_ADAPTER_SCALE)
+    if not message.adapter:
+        if more:
+            raise _invalid("more_adapters", "needs `adapter` for the first one")
+        return []
+    scale = {"scale": message.adapter_scale} if message.HasField("adapter_scale") else {}
+    first = pb.AdapterUse(adapter=message.adapter, **scale)
+    return [("adapter", first), *((f"{field}.adapter", use) for field, use in more)]
+
+
+def _invalid(field: str, problem: str) -> MooringError:
+    return MooringError(Reason.INVALID_FIELD, f"{field} {problem}.", fields=[FieldViolation(field, problem)])
+
+
+def _adapter(runtime: Runtime, tenant: str, name: str, field: str, scale: float) -> tuple[str, AdapterUse]:
+    where = names.resolve_adapter(tenant, name, field)
+    adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
+    return names.adapter(tenant, adapter.name), AdapterUse(runtime.adapters.get(adapter), scale)
 
 
 def sampler_name(value: int) -> str:
@@ -95,12 +133,7 @@ def sampler_name(value: int) -> str:
         return SAMPLERS[0]
     known: dict[int, str] = {pb.Sampler.Value(f"SAMPLER_{name.upper()}"): name for name in SAMPLERS}
     if value not in known:
-        problem = f"must be one of {', '.join(SAMPLERS)}"
-        raise MooringError(
-            Reason.INVALID_FIELD,
-            f"sampler {value} {problem}.",
-            fields=[FieldViolation("sampler", problem)],
-        )
+        raise _invalid("sampler", f"must be one of {', '.join(SAMPLERS)}, not {value}")
     return known[value]
 
 

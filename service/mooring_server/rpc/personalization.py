@@ -316,10 +316,12 @@ def _steps(prepared: Prepared) -> int:
 
 
 def _done(runtime: Runtime, prepared: Prepared, watch: Stopwatch) -> pb.GenerateDone:
+    used = prepared.used()
     return pb.GenerateDone(
         images=prepared.request.count,
-        adapter=prepared.adapter,
-        adapter_digest=prepared.adapter_digest,
+        adapter=used[0].adapter if used else "",
+        adapter_digest=used[0].digest if used else "",
+        more_adapters=used[1:],
         base_digest=runtime.base.digest,
         queue_time=_duration(watch.queued),
         total_time=_duration(watch.total),
@@ -379,7 +381,7 @@ def _server_info(runtime: Runtime, tenant: str) -> pb.GetServerInfoResponse:
         ],
         training_defaults=training,
         generation_defaults=pb.GenerateRequest(
-            adapter_scale=default.adapter_scale,
+            adapter_scale=1.0,
             steps=default.steps,
             guidance_scale=default.guidance_scale,
             width=base.native_size,

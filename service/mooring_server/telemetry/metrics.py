@@ -57,6 +57,15 @@ class Metrics:
         self.batch_adapters = self._histogram(
             "mooring_batch_adapters", "Different adapters in a UNet call.", _COUNTS, []
         )
+        self.device_seconds = self._counter(
+            "mooring_device_seconds",
+            "Device time used, by class; a common pass is divided by rows.",
+            ["class"],
+        )
+        self.prompt_queries = self._counter(
+            "mooring_prompt_cache_queries", "Look-ups of an encoded prompt.", []
+        )
+        self.prompt_hits = self._counter("mooring_prompt_cache_hits", "Look-ups that found it.", [])
         self.images = self._counter("mooring_images", "Images drawn and sent.", [])
         self.steps = self._counter("mooring_steps", "Denoising steps done for callers.", [])
         self.jobs_claimed = self._counter(

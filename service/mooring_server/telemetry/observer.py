@@ -16,6 +16,7 @@ class MetricsObserver:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._prompts = 0, 0
 
     def tick(self, klass: IntEnum, seconds: float) -> None:
         """A tick of a class took so long."""
@@ -34,6 +35,18 @@ class MetricsObserver:
         """A class's queue changed."""
         self._metrics.queue_depth.labels(klass.name.lower(), "waiting").set(waiting)
         self._metrics.queue_depth.labels(klass.name.lower(), "running").set(running)
+
+    def used(self, klass: IntEnum, tenant: str, seconds: float) -> None:
+        """A tenant's task used the device for so long; tenants are no labels, so only classes are counted."""
+        del tenant
+        self._metrics.device_seconds.labels(klass.name.lower()).inc(seconds)
+
+    def prompts(self, queries: int, hits: int, kept: int) -> None:
+        """Look-ups of encoded prompts and hits so far, and the bytes kept."""
+        self._metrics.prompt_queries.inc(queries - self._prompts[0])
+        self._metrics.prompt_hits.inc(hits - self._prompts[1])
+        self._prompts = queries, hits
+        self._metrics.device_bytes.labels("prompts").set(kept)
 
     def tier_lookup(self, tier: str, *, hit: bool) -> None:
         """A tier was asked for an adapter."""

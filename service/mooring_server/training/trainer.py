@@ -417,7 +417,12 @@ class _Run:
 
     def _previews(self) -> Generator[None, None, tuple[Tensor, ...]]:
         rows = [
-            SampleRow(self.prompts[0], slot=self.slot.slot, seed=seed, embeddings=self.embedding.frozen())
+            SampleRow(
+                self.prompts[0],
+                mix=[(self.slot.slot, 1.0)],
+                seed=seed,
+                embeddings=self.embedding.frozen(),
+            )
             for seed in range(2)
         ]
         images = yield from sample(

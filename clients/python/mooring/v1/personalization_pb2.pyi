@@ -418,6 +418,7 @@ class GenerateRequest(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     SAMPLER_FIELD_NUMBER: _builtins.int
     PREVIEW_INTERVAL_FIELD_NUMBER: _builtins.int
+    MORE_ADAPTERS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw; not blank, at most `max_prompt_tokens` of the base. With an adapter, its placeholder stands for
     the subject.
@@ -446,6 +447,10 @@ class GenerateRequest(_message.Message):
     """The sampler. Default: DDIM."""
     preview_interval: _builtins.int
     """Steps between two previews, 0 (none) to 150. Default: 0."""
+    @_builtins.property
+    def more_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterUse]:
+        """Up to 3 more adapters, whose changes are added to that of `adapter`. No two may bring the same placeholder."""
+
     def __init__(
         self,
         *,
@@ -461,10 +466,11 @@ class GenerateRequest(_message.Message):
         count: _builtins.int | None = ...,
         sampler: Global___Sampler.ValueType = ...,
         preview_interval: _builtins.int = ...,
+        more_adapters: _abc.Iterable[Global___AdapterUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_count", b"_count", "_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "_steps", b"_steps", "adapter_scale", b"adapter_scale", "count", b"count", "guidance_scale", b"guidance_scale", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_count", b"_count", "_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "_steps", b"_steps", "adapter", b"adapter", "adapter_scale", b"adapter_scale", "count", b"count", "guidance_scale", b"guidance_scale", "height", b"height", "negative_prompt", b"negative_prompt", "preview_interval", b"preview_interval", "prompt", b"prompt", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale", "_count", b"_count", "_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "_steps", b"_steps", "adapter", b"adapter", "adapter_scale", b"adapter_scale", "count", b"count", "guidance_scale", b"guidance_scale", "height", b"height", "more_adapters", b"more_adapters", "negative_prompt", b"negative_prompt", "preview_interval", b"preview_interval", "prompt", b"prompt", "sampler", b"sampler", "seed", b"seed", "steps", b"steps", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_scale: _TypeAlias = _typing.Literal["adapter_scale"]  # noqa: Y015
     _WhichOneofArgType__adapter_scale: _TypeAlias = _typing.Literal["_adapter_scale", b"_adapter_scale"]  # noqa: Y015
@@ -488,6 +494,34 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class AdapterUse(_message.Message):
+    """An adapter and how strongly it acts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now."""
+    scale: _builtins.float
+    """Scale of the adapter's change, 0 (nothing) to 2. Default: 1."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "adapter", b"adapter", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___AdapterUse: _TypeAlias = AdapterUse  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -600,6 +634,7 @@ class GenerateDone(_message.Message):
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
     TOTAL_TIME_FIELD_NUMBER: _builtins.int
     UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
+    MORE_ADAPTERS_FIELD_NUMBER: _builtins.int
     images: _builtins.int
     """Images drawn."""
     adapter: _builtins.str
@@ -622,6 +657,10 @@ class GenerateDone(_message.Message):
         lower case where the base lists the words it was trained on. Empty: none, or the base cannot tell.
         """
 
+    @_builtins.property
+    def more_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
+        """The other adapter versions that were used, in the order of the request's `more_adapters`."""
+
     def __init__(
         self,
         *,
@@ -632,14 +671,41 @@ class GenerateDone(_message.Message):
         queue_time: _duration_pb2.Duration | None = ...,
         total_time: _duration_pb2.Duration | None = ...,
         unknown_words: _abc.Iterable[_builtins.str] | None = ...,
+        more_adapters: _abc.Iterable[Global___UsedAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "queue_time", b"queue_time", "total_time", b"total_time", "unknown_words", b"unknown_words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "more_adapters", b"more_adapters", "queue_time", b"queue_time", "total_time", b"total_time", "unknown_words", b"unknown_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateDone: _TypeAlias = GenerateDone  # noqa: Y015
+
+@_typing.final
+class UsedAdapter(_message.Message):
+    """An adapter version that was used."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Its name, with the version."""
+    digest: _builtins.str
+    """Its digest."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsedAdapter: _TypeAlias = UsedAdapter  # noqa: Y015
 
 @_typing.final
 class GenerateBatchRequest(_message.Message):
