@@ -109,7 +109,7 @@ def serve(
     """Run the server until SIGTERM or Ctrl-C, then drain: finish calls, checkpoint the running job.
 
     Every setting can also be a MOORING_* environment variable;
-    docs/operations.md lists them.
+    docs/configuration.md lists them.
 
     \b
     mooring serve

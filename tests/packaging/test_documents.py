@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -13,11 +14,44 @@ OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def test_every_setting_is_documented_with_its_description() -> None:
-    from mooring_server.config import Settings
+def test_the_configuration_reference_is_what_the_settings_say() -> None:
+    from tools import config_reference
 
-    rows = dict(re.findall(r"^\| `(MOORING_\w+)` \| .*? \| (.*) \|$", OPERATIONS, re.MULTILINE))
-    assert rows == {f"MOORING_{n.upper()}": f.description for n, f in Settings.model_fields.items()}
+    written = config_reference.DOCUMENT.read_text(encoding="utf-8")
+    assert written == config_reference.render(), f"stale; run: {config_reference.COMMAND}"
+
+
+def test_the_configuration_reference_tells_types_ranges_and_defaults() -> None:
+    from pydantic import Field, SecretStr, create_model
+
+    from tools.config_reference import default_of, values_of
+
+    def told_default() -> int:
+        """As many as there are. More words."""
+        return 1
+
+    made = create_model(
+        "Made",
+        whole=(int, Field(default=3, ge=1, le=10_000)),
+        share=(float, Field(default=0.5, gt=0.0, lt=1.0)),
+        choice=(Literal["a", "b"], "a"),
+        flag=(bool, False),
+        secret=(SecretStr, SecretStr("")),
+        names=(tuple[str, ...], ()),
+        path=(Path | None, None),
+        computed=(int, Field(default_factory=told_default)),
+    )
+    fields = made.model_fields
+    assert {name: (values_of(field), default_of(field)) for name, field in fields.items()} == {
+        "whole": ("integer ≥ 1, ≤ 10,000", "`3`"),
+        "share": ("number > 0, < 1", "`0.5`"),
+        "choice": ("`a`, `b`", "`a`"),
+        "flag": ("`true`, `false`", "`false`"),
+        "secret": ("text, never shown", "(empty)"),
+        "names": ("list of text", "none"),
+        "path": ("path", "(empty)"),
+        "computed": ("integer", "As many as there are. More words"),
+    }
 
 
 def test_every_metric_is_documented() -> None:
