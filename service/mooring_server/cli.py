@@ -17,6 +17,7 @@ from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, fail, out
 from mooring_server.cli_resources import adapters, jobs, subjects
 from mooring_server.cli_server import RunningServer, announced, connect, resolve_state_dir
+from mooring_server.cli_storage import db
 
 if TYPE_CHECKING:
     from mooring_server.config import Settings
@@ -33,6 +34,7 @@ app = typer.Typer(
 app.add_typer(subjects, name="subjects")
 app.add_typer(adapters, name="adapters")
 app.add_typer(jobs, name="jobs")
+app.add_typer(db, name="db")
 app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
 app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
 app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)

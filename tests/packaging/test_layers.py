@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs"},
     "server": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy"},
     # the command line talks to the server through the client, like everybody else
-    "cli": {"errors", "config", "server", "dinghy", "demo", "cli"},
+    "cli": {"errors", "config", "server", "dinghy", "demo", "cli", "storage"},
     "demo": {"errors", "config", "dinghy", "cli", "evaluation"},
     "__main__": {"cli"},
 }

@@ -36,6 +36,8 @@ COMMANDS = [
     "jobs",
     "demo",
     "jobs watch",
+    "db",
+    "db upgrade",
 ]
 
 

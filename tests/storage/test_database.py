@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from mooring_server.errors import MooringError
 from mooring_server.storage import schema
 from mooring_server.storage.store import Store
 from sqlalchemy import update
@@ -67,14 +65,6 @@ def test_replicas_may_start_together(database_url: str) -> None:
     assert all(store.get_subject("acme", "duck").subject_id == "duck" for store in stores)
     for store in stores:
         store.close()
-
-
-def test_a_database_of_another_version_is_left_alone(tmp_path: Path) -> None:
-    Store(f"sqlite:///{tmp_path}/db").close()
-    with sqlite3.connect(tmp_path / "db") as database:
-        database.execute("UPDATE server_state SET value = CAST('99' AS BLOB) WHERE key = 'schema'")
-    with pytest.raises(MooringError, match="schema 99, not 1"):
-        Store(f"sqlite:///{tmp_path}/db")
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://host/db"])

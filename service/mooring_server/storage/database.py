@@ -37,11 +37,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.storage import schema
+from mooring_server.storage import migrate, schema
 from mooring_server.storage.pages import PageTokens
 
 _BUSY_TIMEOUT_SECONDS = 30.0
-_CREATE_LOCK = 0x4D6F6F72  # PostgreSQL advisory lock: one replica creates the tables
+_PAGE_KEY = "page_key"
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
 
@@ -57,14 +57,15 @@ class Database:
 
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
         self._clock = clock
-        self._engine = _open(url)
+        self._engine = open_engine(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
         snapshot = (
             {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         )
         self._reader = self._engine.execution_options(**snapshot)
         self._writer = self._engine.execution_options(mooring_writes=True)
-        self._pages = PageTokens(self._create_tables())
+        migrate.upgrade(self._engine)
+        self._pages = PageTokens(self._page_key())
 
     def close(self) -> None:
         """Close every pooled connection."""
@@ -159,26 +160,18 @@ class Database:
 
         return size, cursor, next_token
 
-    def _create_tables(self) -> bytes:
-        """Create what is missing, check the schema's version, return the page-token key."""
-        with self.writing() as connection:
-            if not self._is_sqlite:
-                connection.execute(select(func.pg_advisory_xact_lock(_CREATE_LOCK)))
-            schema.metadata.create_all(connection)
-            state = schema.server_state
-            known = {row.key: bytes(row.value) for row in connection.execute(select(state))}
-            defaults = {"schema": str(schema.SCHEMA_VERSION).encode(), "page_key": secrets.token_bytes(32)}
-            for key, value in defaults.items():
-                if key not in known:
-                    connection.execute(insert(state).values(key=key, value=value))
-                    known[key] = value
-        if known["schema"] != defaults["schema"]:
-            raise MooringError(
-                Reason.INTERNAL,
-                f"The database has schema {known['schema'].decode()}, not {schema.SCHEMA_VERSION}.",
-                remedy="Start the server version that made it, or point MOORING_STATE_DIR to a new folder.",
-            )
-        return known["page_key"]
+    def _page_key(self) -> bytes:
+        """The key that signs page tokens, the same for all replicas; made by the first one."""
+        state = schema.server_state
+        query = select(state.c.value).filter_by(key=_PAGE_KEY)
+        with self.reading() as connection:
+            known = connection.scalar(query)
+        if known is None:
+            with self.writing() as connection:
+                fresh = self.upsert(state).values(key=_PAGE_KEY, value=secrets.token_bytes(32))
+                connection.execute(fresh.on_conflict_do_nothing())
+                known = connection.scalars(query).one()
+        return bytes(known)
 
 
 def new_id() -> str:
@@ -211,7 +204,12 @@ def _canonical(payload: Any) -> bytes:
     return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def _open(url: str) -> Engine:
+def open_engine(url: str) -> Engine:
+    """The connections to a database, set up as the module says; nothing is read or written yet.
+
+    Raises:
+        ValueError: for another database than SQLite in a file, or PostgreSQL.
+    """
     parsed = make_url(url)
     dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     if parsed.get_backend_name() == "postgresql":

@@ -2,6 +2,8 @@
 
 Plain columns for what queries filter or order by; JSON documents for what they only carry. SQLite and
 PostgreSQL get the same schema. Times are doubles (seconds since the epoch).
+
+A change here needs a revision: `python -m tools.revision "what it adds"` (docs/storage.md); a test compares.
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 from sqlalchemy.dialects import postgresql
-
-SCHEMA_VERSION = 1
 
 metadata = MetaData()
 
