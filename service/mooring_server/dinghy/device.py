@@ -20,12 +20,12 @@ class Compute:
 
     def autocast(self) -> Any:
         """bf16 autocast on a GPU and on a CPU that computes in it (1.3 times as fast there, else half)."""
-        wanted = self.device.type != "cpu" or _computes_bf16()
+        wanted = self.device.type != "cpu" or computes_bf16()
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
 @cache
-def _computes_bf16() -> bool:
+def computes_bf16() -> bool:
     """Whether the processor multiplies bf16 matrices itself (AVX-512 BF16); false where it does not say."""
     flags = Path("/proc/cpuinfo")
     return flags.exists() and "avx512_bf16" in flags.read_text()

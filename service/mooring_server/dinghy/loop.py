@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import text
+from .device import computes_bf16
+from .muon import Muon
 from .preset import SHIPPED, Preset
 from .render import Layout, lay_out
 from .world import Sample
@@ -24,9 +26,9 @@ from .world import Sample
 class Optimisers:
     """Muon on large matrices and convolutions, AdamW on everything else.
 
-    ``torch.optim.Muon`` takes matrices only: a convolution's weight ``[o, i, 3, 3]`` is given
-    to it as a view ``[o, 9·i]`` that shares its storage. ``muon`` and ``rest`` name the modules
-    whose parameters may go to Muon and those that never do (embeddings, heads).
+    Muon takes matrices only: a convolution's weight ``[o, i, 3, 3]`` is given to it as a view
+    ``[o, 9·i]`` that shares its storage. ``muon`` and ``rest`` name the modules whose parameters
+    may go to Muon and those that never do (embeddings, heads).
     """
 
     def __init__(
@@ -45,9 +47,9 @@ class Optimisers:
                 self.pairs.append((parameter, nn.Parameter(matrix)))
             else:
                 others.append(parameter)
-        self.muon = torch.optim.Muon(
-            [view for _, view in self.pairs], lr=muon_lr, weight_decay=0.0, momentum=0.95, nesterov=True
-        )
+        on_cpu = all(view.device.type == "cpu" for _, view in self.pairs)
+        dtype = torch.float32 if on_cpu and not computes_bf16() else torch.bfloat16
+        self.muon = Muon([view for _, view in self.pairs], lr=muon_lr, dtype=dtype)
         self.adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.base = (muon_lr, adam_lr)
         self.parameters = [p for p, _ in self.pairs] + others
