@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mooring_server import cli_work
+from mooring_server import cli_health, cli_work
 from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, fail, out
 from mooring_server.cli_resources import adapters, jobs, subjects
@@ -38,6 +38,7 @@ app.add_typer(db, name="db")
 app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
 app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
 app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)
+app.command("health", epilog=EXIT_CODE_HELP)(cli_health.health)
 
 
 def _version(wanted: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +69,10 @@ class Settings(BaseSettings):
     metrics_listen: str = Field(
         default="127.0.0.1:9464",
         description="Address of /metrics; port 0 takes a free one, empty switches it off.",
+    )
+    health_listen: str = Field(
+        default="",
+        description="Address for health alone, plain gRPC to anybody who reaches it (probes). Default: none.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="auto: JSON unless standard error is a terminal."
@@ -138,6 +143,15 @@ class Settings(BaseSettings):
                 f"{value!r} is not a loopback address: the server answers without authentication, so it "
                 "listens on 127.0.0.1, [::1] or localhost only"
             )
+            raise ValueError(message)
+        return value
+
+    @field_validator("health_listen")
+    @classmethod
+    def _health_address(cls, value: str) -> str:
+        """Any address will do: it tells whether the server serves, and nothing else."""
+        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/]+):\d{1,5}", value):
+            message = f"{value!r} is not host:port"
             raise ValueError(message)
         return value
 

@@ -54,6 +54,7 @@ from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import EdgeInterceptor, Gate
 from mooring_server.rpc.jobs import JobServicer
 from mooring_server.rpc.personalization import PersonalizationServicer
+from mooring_server.rpc.probes import Probes
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.rpc.subjects import SubjectServicer
 from mooring_server.storage.objects import LocalObjects
@@ -99,12 +100,14 @@ class Server:
     Attributes:
         target: "host:port" that clients connect to; known once `start` listens.
         metrics_url: address of the metrics, empty when they are off.
+        health_target: "host:port" of the health port, empty when there is none.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.target = ""
         self.metrics_url = ""
+        self.health_target = ""
         self._version = version("mooring-server")
         self._metrics = Metrics(self._version)
         self._gate = Gate()
@@ -112,6 +115,7 @@ class Server:
         self._runner: JobRunner | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._grpc: grpc.aio.Server | None = None
+        self._probes: Probes | None = None
         self._close_metrics: Callable[[], None] = lambda: None
 
     @property
@@ -163,6 +167,8 @@ class Server:
         await handing_back
         if self._grpc is not None:
             await self._grpc.stop(_CLOSING_GRACE_SECONDS)
+        if self._probes is not None:
+            await self._probes.stop()
         await asyncio.to_thread(self._close)
         log.info("stopped")
 
@@ -198,8 +204,19 @@ class Server:
             raise _address_in_use("listen", self.settings.listen) from error
         self.target = f"{host}:{port}"
         self._start_metrics()
+        await self._start_probes()
         self._grpc = server
         await server.start()
+
+    async def _start_probes(self) -> None:
+        address = self.settings.health_listen
+        if not address:
+            return
+        probes = self._probes = Probes(self._health)
+        try:
+            self.health_target = await probes.start(address)
+        except RuntimeError as error:
+            raise _address_in_use("health_listen", address) from error
 
     def _start_metrics(self) -> None:
         if not self.settings.metrics_listen:

@@ -35,6 +35,7 @@ COMMANDS = [
     "adapters",
     "jobs",
     "demo",
+    "health",
     "jobs watch",
     "db",
     "db upgrade",
