@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     max_photo_bytes: int = Field(
         default=20 * MIB, ge=1024, le=20 * MIB, description="Size of one uploaded photo."
     )
+    decoders: int = Field(
+        default=2, ge=1, le=64, description="Processes that decode uploaded photos, started when needed."
+    )
     max_adapter_bytes: int = Field(
         default=512 * MIB, ge=1024, description="Size of one adapter file, checked before loading."
     )

@@ -49,6 +49,7 @@ from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, PromptSets, readable
+from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import EdgeInterceptor, Gate
@@ -303,6 +304,7 @@ class Server:
             bank=bank,
             engine=engine,
             adapters=adapters,
+            decoders=DecoderPool(settings.decoders),
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
             prompts=prompts,
@@ -317,6 +319,7 @@ class Server:
         if self._runtime is not None:
             self._runtime.engine.close()
             self._runtime.adapters.close()
+            self._runtime.decoders.close()
             self._runtime.store.close()
         self._close_metrics()
 

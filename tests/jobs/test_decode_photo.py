@@ -215,23 +215,84 @@ def test_specks_and_slivers_are_refused(size: tuple[int, int]) -> None:
     assert "too small or too narrow" in refused(png(Image.new("RGB", size))).message
 
 
-def test_photos_that_forbid_training_are_refused() -> None:
-    for value in (
-        b"http://ns.useplus.org/ldf/vocab/DMI-PROHIBITED",
-        b"http://ns.useplus.org/ldf/vocab/DMI-PROHIBITED-AIMLTRAINING",
-    ):
-        xmp = b"<x:xmpmeta><plus:DataMining>" + value + b"</plus:DataMining></x:xmpmeta>"
-        texts = PngInfo()
-        texts.add_itxt("XML:com.adobe.xmp", xmp.decode(), zip=True)
-        for data in (jpeg(xmp=xmp), encode(quarters(), "WEBP", xmp=xmp), png(pnginfo=texts)):
-            assert refused(data).reason is Reason.RIGHTS_REQUIRED
-    allowed = b"<plus:DataMining>http://ns.useplus.org/ldf/vocab/DMI-ALLOWED</plus:DataMining>"
-    assert decode_photo(jpeg(xmp=allowed), "x.jpg")
-    claim = b"c2pa.training-mining" + b"\xa1\x63use\x6anotAllowed"
+DMI = b"http://ns.useplus.org/ldf/vocab/DMI-"
+
+
+def with_xmp(xmp: bytes) -> list[bytes]:
+    """A file of each format with an XMP packet."""
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", xmp.decode("utf-8", "surrogateescape"), zip=True)
+    return [jpeg(xmp=xmp), encode(quarters(), "WEBP", xmp=xmp), png(pnginfo=texts)]
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        b"<plus:DataMining>" + DMI + b"PROHIBITED</plus:DataMining>",
+        b"<plus:DataMining>" + DMI + b"PROHIBITED-AIMLTRAINING</plus:DataMining>",
+        b'<rdf:Description plus:DataMining="' + DMI + b'PROHIBITED-SEECONSTRAINT"/>',
+        b'<rdf:Description xmlns:tdm="http://www.w3.org/ns/tdmrep/" tdm:reservation="1"/>',
+        b'<a xmlns:t="http://www.w3.org/ns/tdmrep/"><t:reservation> 1 </t:reservation></a>',
+    ],
+)
+def test_photos_whose_xmp_forbids_training_are_refused(declaration: bytes) -> None:
+    for data in with_xmp(b"<x:xmpmeta>" + declaration + b"</x:xmpmeta>"):
+        assert refused(data).reason is Reason.TRAINING_NOT_ALLOWED
+    wide = ("\ufeff" + declaration.decode()).encode("utf-16-le")
+    assert refused(jpeg(xmp=wide)).reason is Reason.TRAINING_NOT_ALLOWED
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        b"<plus:DataMining>" + DMI + b"ALLOWED</plus:DataMining>",
+        b"<plus:DataMining>" + DMI + b"UNSPECIFIED</plus:DataMining>",
+        b'<rdf:Description xmlns:tdm="http://www.w3.org/ns/tdmrep/" tdm:reservation="0"/>',
+        b'<rdf:Description xmlns:hotel="http://hotel.example/" hotel:reservation="1"/>',
+    ],
+)
+def test_photos_whose_xmp_allows_training_or_says_nothing_are_read(declaration: bytes) -> None:
+    for data in with_xmp(b"<x:xmpmeta>" + declaration + b"</x:xmpmeta>"):
+        assert decode_photo(data, "x.jpg")
+
+
+def cbor(value: object) -> bytes:
+    """Text and maps as C2PA assertions hold them."""
+    if isinstance(value, str):
+        text = value.encode()
+        return (bytes([0x60 + len(text)]) if len(text) < 24 else bytes([0x78, len(text)])) + text
+    assert isinstance(value, dict)
+    return bytes([0xA0 + len(value)]) + b"".join(cbor(k) + cbor(v) for k, v in value.items())
+
+
+def with_assertion(uses: dict[str, str], *, owner: str = "c2pa", segment: int = 60_000) -> bytes:
+    """A JPEG with a training-mining assertion in its APP11 segments."""
+    entries = {f"{owner}.{name}": {"use": use} for name, use in uses.items()}
+    box = struct.pack(">I", 0) + b"jumb" + owner.encode() + b".training-mining\0" + cbor({"entries": entries})
     data = jpeg()
-    marked = data[:2] + b"\xff\xeb" + struct.pack(">H", 2 + len(claim)) + claim + data[2:]
-    assert refused(marked).reason is Reason.RIGHTS_REQUIRED
-    assert decode_photo(marked.replace(b"notAllowed", b"yesAllowed"), "x.jpg")
+    segments = b""
+    for number, start in enumerate(range(0, len(box), segment)):
+        body = b"JP\0\x01" + struct.pack(">I", number + 1) + (box[:8] if number else b"")
+        body += box[start : start + segment]
+        segments += b"\xff\xeb" + struct.pack(">H", 2 + len(body)) + body
+    return data[:2] + segments + data[2:]
+
+
+@pytest.mark.parametrize("name", ["ai_training", "ai_generative_training", "data_mining"])
+@pytest.mark.parametrize("use", ["notAllowed", "constrained"])
+@pytest.mark.parametrize("owner", ["c2pa", "cawg"])
+def test_photos_whose_c2pa_assertion_forbids_training_are_refused(name: str, use: str, owner: str) -> None:
+    uses = {"ai_inference": "allowed", name: use}
+    for segment in (60_000, 50):  # a store that is cut within a word as well
+        assert refused(with_assertion(uses, owner=owner, segment=segment)).reason is (
+            Reason.TRAINING_NOT_ALLOWED
+        )
+
+
+def test_a_c2pa_assertion_that_allows_training_is_no_obstacle() -> None:
+    allowed = {"ai_training": "allowed", "ai_generative_training": "allowed", "data_mining": "allowed"}
+    assert decode_photo(with_assertion(allowed), "x.jpg")
+    assert decode_photo(with_assertion({**allowed, "ai_inference": "notAllowed"}), "x.jpg")
 
 
 @pytest.mark.parametrize(

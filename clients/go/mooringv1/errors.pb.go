@@ -110,6 +110,16 @@ const (
 	ErrorReason_ERROR_REASON_ADAPTER_TOO_LARGE ErrorReason = 39
 	// INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted.
 	ErrorReason_ERROR_REASON_ADAPTER_NOT_SUPPORTED ErrorReason = 40
+	// INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training.
+	ErrorReason_ERROR_REASON_TRAINING_NOT_ALLOWED ErrorReason = 50
+	// INVALID_ARGUMENT: lines of a batch file cannot be used; `BadRequest` names them as `lines[n]`, n from 1.
+	ErrorReason_ERROR_REASON_BATCH_NOT_VALID ErrorReason = 51
+	// INVALID_ARGUMENT: a batch file has more bytes or rows than the server takes; metadata holds `limit`.
+	ErrorReason_ERROR_REASON_BATCH_TOO_LARGE ErrorReason = 52
+	// INVALID_ARGUMENT: the content policy refuses the prompt; metadata holds `category`.
+	ErrorReason_ERROR_REASON_PROMPT_REFUSED ErrorReason = 53
+	// FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`.
+	ErrorReason_ERROR_REASON_IMAGE_WITHHELD ErrorReason = 54
 	// INTERNAL: a defect of the server; the message holds the request id to look for in its log.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 35
 )
@@ -157,6 +167,11 @@ var (
 		38: "ERROR_REASON_DEADLINE_EXCEEDED",
 		39: "ERROR_REASON_ADAPTER_TOO_LARGE",
 		40: "ERROR_REASON_ADAPTER_NOT_SUPPORTED",
+		50: "ERROR_REASON_TRAINING_NOT_ALLOWED",
+		51: "ERROR_REASON_BATCH_NOT_VALID",
+		52: "ERROR_REASON_BATCH_TOO_LARGE",
+		53: "ERROR_REASON_PROMPT_REFUSED",
+		54: "ERROR_REASON_IMAGE_WITHHELD",
 		35: "ERROR_REASON_INTERNAL",
 	}
 	ErrorReason_value = map[string]int32{
@@ -200,6 +215,11 @@ var (
 		"ERROR_REASON_DEADLINE_EXCEEDED":      38,
 		"ERROR_REASON_ADAPTER_TOO_LARGE":      39,
 		"ERROR_REASON_ADAPTER_NOT_SUPPORTED":  40,
+		"ERROR_REASON_TRAINING_NOT_ALLOWED":   50,
+		"ERROR_REASON_BATCH_NOT_VALID":        51,
+		"ERROR_REASON_BATCH_TOO_LARGE":        52,
+		"ERROR_REASON_PROMPT_REFUSED":         53,
+		"ERROR_REASON_IMAGE_WITHHELD":         54,
 		"ERROR_REASON_INTERNAL":               35,
 	}
 )
@@ -236,7 +256,7 @@ var File_mooring_v1_errors_proto protoreflect.FileDescriptor
 const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\n" +
 	"\x17mooring/v1/errors.proto\x12\n" +
-	"mooring.v1*\x9a\v\n" +
+	"mooring.v1*\xc7\f\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1d\n" +
@@ -278,7 +298,12 @@ const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\x1fERROR_REASON_ARTIFACT_NOT_FOUND\x10%\x12\"\n" +
 	"\x1eERROR_REASON_DEADLINE_EXCEEDED\x10&\x12\"\n" +
 	"\x1eERROR_REASON_ADAPTER_TOO_LARGE\x10'\x12&\n" +
-	"\"ERROR_REASON_ADAPTER_NOT_SUPPORTED\x10(\x12\x19\n" +
+	"\"ERROR_REASON_ADAPTER_NOT_SUPPORTED\x10(\x12%\n" +
+	"!ERROR_REASON_TRAINING_NOT_ALLOWED\x102\x12 \n" +
+	"\x1cERROR_REASON_BATCH_NOT_VALID\x103\x12 \n" +
+	"\x1cERROR_REASON_BATCH_TOO_LARGE\x104\x12\x1f\n" +
+	"\x1bERROR_REASON_PROMPT_REFUSED\x105\x12\x1f\n" +
+	"\x1bERROR_REASON_IMAGE_WITHHELD\x106\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10#b\x06proto3"
 
 var (

@@ -4,6 +4,8 @@ Order of defence: compressed size → file signature (allow-list) → size in th
 pixels. What is kept is a fresh RGB picture: rotated as EXIF says, transparent parts on white, at most
 `MAX_SIDE` px, with none of the file's metadata.
 
+The server runs this in a process of its own (`decoding`): decoders are where hostile bytes do their harm.
+
 Left out on purpose: colour management (an embedded profile is ignored: pixels are taken as sRGB), and formats
 beyond JPEG, PNG and WebP.
 """
@@ -20,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.jobs.reservations import training_reserved
 
 MAX_PHOTO_BYTES = 20 * 2**20
 MAX_PIXELS = 50_000_000  # below Pillow's own warning level, so that what it would warn of is an error here
@@ -64,17 +67,12 @@ def decode_photo(data: bytes, filename: str) -> CheckedPhoto:
 
     Raises:
         MooringError: IMAGE_TOO_LARGE (bytes or pixels), BAD_IMAGE (anything else that is wrong with it), or
-            RIGHTS_REQUIRED when the file itself says that it must not be used for training. The message
+            TRAINING_NOT_ALLOWED when the file itself says that it must not be used for training. The message
             names the file.
     """
     name = safe_filename(filename)
     if len(data) > MAX_PHOTO_BYTES:
-        raise _error(
-            Reason.IMAGE_TOO_LARGE,
-            name,
-            f"is {len(data) / 2**20:.1f} MiB; at most {MAX_PHOTO_BYTES // 2**20} MiB are taken",
-            "Save it smaller, for example as a JPEG of 2,000 px.",
-        )
+        raise photo_too_large(len(data), name)
     file_format = _format(data, name)
     if file_format == "WEBP":
         # libwebp allocates the whole canvas when a file is opened, before Pillow can look at its size.
@@ -92,6 +90,13 @@ def decode_photo(data: bytes, filename: str) -> CheckedPhoto:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_many_pixels(name, "more than Pillow's limit") from None
+    except MemoryError:
+        raise _error(
+            Reason.IMAGE_TOO_LARGE,
+            name,
+            "takes more memory to decode than a decoder may use",
+            "Save it smaller: 2,000 px on the longer side are plenty.",
+        ) from None
     except Exception as error:  # noqa: BLE001 - a decoder fed with hostile bytes may raise anything
         raise _error(
             Reason.BAD_IMAGE,
@@ -100,6 +105,16 @@ def decode_photo(data: bytes, filename: str) -> CheckedPhoto:
             "Upload the original file again.",
         ) from None
     return CheckedPhoto(name, hashlib.sha256(data).hexdigest(), len(data), _reduced(flat, name))
+
+
+def photo_too_large(size: int, name: str) -> MooringError:
+    """A file of more than `MAX_PHOTO_BYTES`."""
+    return _error(
+        Reason.IMAGE_TOO_LARGE,
+        name,
+        f"is {size / 2**20:.1f} MiB; at most {MAX_PHOTO_BYTES // 2**20} MiB are taken",
+        "Save it smaller, for example as a JPEG of 2,000 px.",
+    )
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -160,16 +175,12 @@ def _check_frames(image: Image.Image, name: str) -> None:
 
 
 def _check_training_allowed(data: bytes, info: dict[Any, Any], name: str) -> None:
-    """Honour the IPTC/PLUS data-mining property and the C2PA/CAWG training-mining assertion."""
-    xmp = info.get("xmp", info.get("XML:com.adobe.xmp", b""))
-    xmp = xmp.encode() if isinstance(xmp, str) else xmp
-    prohibited = b"DMI-PROHIBITED" in xmp or b"DMI-PROHIBITED" in data
-    _, assertion, claim = data.partition(b".training-mining")
-    if prohibited or (assertion and b"notAllowed" in claim):
+    declaration = training_reserved(data, info)
+    if declaration:
         raise _error(
-            Reason.RIGHTS_REQUIRED,
+            Reason.TRAINING_NOT_ALLOWED,
             name,
-            "says in its own metadata that it must not be used for training",
+            f"says in its own metadata that it must not be used for training ({declaration})",
             "Use photos whose owner allows training.",
         )
 

@@ -7,12 +7,12 @@ in between leaves an object that nobody refers to, never a row that refers to no
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from PIL import Image
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.jobs.photos import decode_photo, encode_png
+from mooring_server.jobs.photos import CheckedPhoto, decode_photo, encode_png
 from mooring_server.storage.models import Adapter, NewPhoto, Photo
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
@@ -29,13 +29,22 @@ class PhotoUpload:
         objects: where the pictures go.
         tenant: whose subject it is.
         subject_id: which subject.
+        decode: how a file becomes a picture; the server's is `decoding.pool.DecoderPool.decode`.
 
     Raises:
         MooringError: SUBJECT_NOT_FOUND.
     """
 
-    def __init__(self, store: Store, objects: ObjectStore, tenant: str, subject_id: str) -> None:
-        self._store, self._objects = store, objects
+    def __init__(
+        self,
+        store: Store,
+        objects: ObjectStore,
+        tenant: str,
+        subject_id: str,
+        *,
+        decode: Callable[[bytes, str], CheckedPhoto] = decode_photo,
+    ) -> None:
+        self._store, self._objects, self._decode = store, objects, decode
         self._subject = store.get_subject(tenant, subject_id)
         self._checked: dict[str, tuple[NewPhoto, bytes]] = {}
         self._order: list[str] = []
@@ -56,7 +65,7 @@ class PhotoUpload:
             )
         index, self._files = self._files, self._files + 1
         try:
-            photo = decode_photo(data, filename)
+            photo = self._decode(data, filename)
         except MooringError as error:
             self._errors[index] = error
             return

@@ -12,6 +12,7 @@ from mooring_server.engine.engine import Engine
 from mooring_server.engine.tiers.host import AdapterTiers
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.prompts import PromptSets
+from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.rpc.edge import Gate
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
@@ -38,6 +39,7 @@ class Runtime:
     bank: AdapterBank
     engine: Engine
     adapters: AdapterTiers
+    decoders: DecoderPool
     base_name: str
     judges_available: bool
     prompts: PromptSets

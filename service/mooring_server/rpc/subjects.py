@@ -102,7 +102,12 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
                     raise _protocol("subject", "comes once, in the first message")
                 where = names.resolve_subject(caller.tenant(), message.subject, "subject")
                 upload = await asyncio.to_thread(
-                    PhotoUpload, runtime.store, runtime.objects, where.tenant, where.id
+                    PhotoUpload,
+                    runtime.store,
+                    runtime.objects,
+                    where.tenant,
+                    where.id,
+                    decode=runtime.decoders.decode,
                 )
             elif upload is None:
                 raise _protocol("subject", "must be in the first message")

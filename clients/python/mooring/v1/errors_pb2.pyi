@@ -106,6 +106,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
     ERROR_REASON_ADAPTER_NOT_SUPPORTED: _ErrorReason.ValueType  # 40
     """INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
+    ERROR_REASON_TRAINING_NOT_ALLOWED: _ErrorReason.ValueType  # 50
+    """INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training."""
+    ERROR_REASON_BATCH_NOT_VALID: _ErrorReason.ValueType  # 51
+    """INVALID_ARGUMENT: lines of a batch file cannot be used; `BadRequest` names them as `lines[n]`, n from 1."""
+    ERROR_REASON_BATCH_TOO_LARGE: _ErrorReason.ValueType  # 52
+    """INVALID_ARGUMENT: a batch file has more bytes or rows than the server takes; metadata holds `limit`."""
+    ERROR_REASON_PROMPT_REFUSED: _ErrorReason.ValueType  # 53
+    """INVALID_ARGUMENT: the content policy refuses the prompt; metadata holds `category`."""
+    ERROR_REASON_IMAGE_WITHHELD: _ErrorReason.ValueType  # 54
+    """FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -200,6 +210,16 @@ ERROR_REASON_ADAPTER_TOO_LARGE: ErrorReason.ValueType  # 39
 """INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
 ERROR_REASON_ADAPTER_NOT_SUPPORTED: ErrorReason.ValueType  # 40
 """INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
+ERROR_REASON_TRAINING_NOT_ALLOWED: ErrorReason.ValueType  # 50
+"""INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training."""
+ERROR_REASON_BATCH_NOT_VALID: ErrorReason.ValueType  # 51
+"""INVALID_ARGUMENT: lines of a batch file cannot be used; `BadRequest` names them as `lines[n]`, n from 1."""
+ERROR_REASON_BATCH_TOO_LARGE: ErrorReason.ValueType  # 52
+"""INVALID_ARGUMENT: a batch file has more bytes or rows than the server takes; metadata holds `limit`."""
+ERROR_REASON_PROMPT_REFUSED: ErrorReason.ValueType  # 53
+"""INVALID_ARGUMENT: the content policy refuses the prompt; metadata holds `category`."""
+ERROR_REASON_IMAGE_WITHHELD: ErrorReason.ValueType  # 54
+"""FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
