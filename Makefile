@@ -75,6 +75,8 @@ requirements: $(STAMP) ## resolve requirements/*.in again into pinned, hashed fi
 		--generate-hashes requirements/bootstrap.in -o requirements/bootstrap.txt
 	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 		--generate-hashes requirements/dev.in -o requirements/dev.txt
+	UV_CUSTOM_COMPILE_COMMAND="make requirements" $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+		--generate-hashes requirements/runtime.in -c requirements/dev.txt -o requirements/runtime.txt
 
 clean-venv: ## remove .venv
 	rm -rf $(VENV)

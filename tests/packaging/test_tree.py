@@ -100,7 +100,7 @@ def test_no_lock_files_with_download_addresses() -> None:
     assert not [str(path) for path in committed() if path.name in forbidden]
 
 
-@pytest.mark.parametrize("name", ["bootstrap", "dev"])
+@pytest.mark.parametrize("name", ["bootstrap", "runtime", "dev"])
 def test_requirements_are_pinned_and_hashed(name: str) -> None:
     text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
     entries = re.split(r"\n(?=[A-Za-z0-9])", text)[1:]  # the first piece is the header
