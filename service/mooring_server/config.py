@@ -11,9 +11,9 @@ import ipaddress
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 2**20
@@ -54,6 +54,18 @@ class Settings(BaseSettings):
     threads: int = Field(
         default_factory=default_threads, ge=1, le=1024, description="Torch threads of the engine."
     )
+    autocast: bool = Field(
+        default=False, description="Compute the UNet in bfloat16 on weights of any dtype (see dtype)."
+    )
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = Field(
+        default="auto", description="Kernel of attention; auto lets torch choose for each shape."
+    )
+    compile: bool = Field(
+        default=False, description="Compile the UNet with torch.compile: minutes at start, faster steps."
+    )
+    cuda_graphs: bool = Field(
+        default=False, description="Replay UNet passes as CUDA graphs: less work for the host at every step."
+    )
 
     state_dir: Path = Field(
         default_factory=default_state_dir, description="Folder of the database and the objects."
@@ -90,6 +102,22 @@ class Settings(BaseSettings):
     )
     training_share: float = Field(
         default=0.2, ge=0.0, lt=1.0, description="Share of device time that training keeps while others wait."
+    )
+    deterministic: bool | None = Field(
+        default=None,
+        description="An image's bits do not depend on its batch. Default: on a CPU without compile.",
+    )
+    max_running: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Requests of a class that take turns. Default: what one UNet pass takes, 4 at least.",
+    )
+    max_step_seconds: float = Field(
+        default=0.5,
+        gt=0.0,
+        le=60.0,
+        description="Longest pass that requests are batched for; it is what a new request waits for.",
     )
     max_queue: int = Field(
         default=64, ge=1, le=100_000, description="Generation requests that may wait or run."
@@ -165,6 +193,30 @@ class Settings(BaseSettings):
             message = "an address is needed"
             raise ValueError(message)
         return value
+
+    @model_validator(mode="after")
+    def _computable(self) -> Self:
+        if self._on_cpu and self.cuda_graphs:
+            message = f"cuda_graphs needs a CUDA device, not {self.device}"
+            raise ValueError(message)
+        if self._on_cpu and self.compile and self.deterministic:
+            message = "compile has no use beside deterministic on a CPU, where passes are computed row by row"
+            raise ValueError(message)
+        return self
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.partition(":")[0] == "cpu"
+
+    @property
+    def keeps_bits(self) -> bool:
+        """Whether an image's bits shall not depend on what it is batched with."""
+        return self._on_cpu and not self.compile if self.deterministic is None else self.deterministic
+
+    @property
+    def costs_file(self) -> Path:
+        """Where the measured costs of UNet passes are kept for the next start."""
+        return self.state_dir / "pass-costs.json"
 
     @property
     def storage_url(self) -> str:

@@ -3,7 +3,7 @@
 `Server` is the thing itself; `serve` runs one until SIGTERM; `EmbeddedServer` runs one on a thread of its own
 for tests and for commands that need no separate process.
 
-Start: listen with health NOT_SERVING, load the base model beside the event loop, then SERVING.
+Start: listen with health NOT_SERVING, load the base model and warm it up beside the event loop, then SERVING.
 Stop: health NOT_SERVING, a pause for load balancers, running calls and the job's checkpoint, then everything
 closes.
 """
@@ -45,6 +45,7 @@ from mooring_server.engine.base import BaseModel, load_base
 from mooring_server.engine.engine import Engine
 from mooring_server.engine.tiers.disk import DiskCache
 from mooring_server.engine.tiers.host import AdapterTiers
+from mooring_server.engine.warm_up import warm_up
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
@@ -250,10 +251,21 @@ class Server:
             device=settings.device,
             dtype=getattr(torch, settings.dtype),
             threads=settings.threads,
+            autocast=settings.autocast,
+            attention=settings.attention,
         )
         observer = MetricsObserver(self._metrics)
         bank = AdapterBank(
             base, slots=settings.slots, rank=settings.rank, targets=settings.targets, observer=observer
+        )
+        ready = warm_up(
+            base,
+            bank,
+            deterministic=settings.keeps_bits,
+            compiled=settings.compile,
+            cuda_graphs=settings.cuda_graphs,
+            max_step_seconds=settings.max_step_seconds,
+            costs_file=settings.costs_file,
         )
         engine = Engine(
             base,
@@ -261,7 +273,18 @@ class Server:
             threads=settings.threads,
             training_share=settings.training_share,
             max_queue=settings.max_queue,
+            max_running=settings.max_running,
+            costs=ready.costs,
+            deterministic=settings.keeps_bits,
+            prepared=ready.prepared,
             observer=observer,
+        )
+        log.info(
+            "warm",
+            rows=ready.costs.limit(ready.costs.native),
+            max_running=engine.max_running,
+            deterministic=engine.deterministic,
+            prepared=[] if ready.prepared is None else list(ready.prepared.row_counts),
         )
         judges = _judges(settings, packaged=packaged)
         scenes = dinghy.new_scene_prompts("{}") if packaged else NEW_SCENES

@@ -106,3 +106,26 @@ def test_no_host_name_but_localhost_counts_as_loopback(host):
     except ValueError:
         expected = host == "localhost"
     assert is_loopback(host) == expected
+
+
+def test_what_keeps_bits_follows_the_device_unless_it_is_said():
+    assert Settings().keeps_bits
+    assert not Settings(deterministic=False).keeps_bits
+    assert not Settings(compile=True).keeps_bits
+    assert not Settings(device="cuda:0").keeps_bits
+    assert Settings(device="cuda:0", deterministic=True, compile=True, cuda_graphs=True).keeps_bits
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"cuda_graphs": True}, "cuda_graphs needs a CUDA device, not cpu"),
+        ({"compile": True, "deterministic": True}, "compile has no use beside deterministic on a CPU"),
+        ({"attention": "sparse"}, "attention"),
+        ({"max_running": 0}, "max_running"),
+        ({"max_step_seconds": 0.0}, "max_step_seconds"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused(values, says):
+    with pytest.raises(ValidationError, match=says):
+        Settings(**values)

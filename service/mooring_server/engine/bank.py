@@ -323,20 +323,27 @@ class AdapterBank:
             mixes: of each row, its adapters as (slot, factor on ΔW); their shares are added in this order.
             counted: tell `on_batch`; off for text encoding.
         """
-        kept = [[(slot, scale) for slot, scale in mix if slot != ZERO_SLOT and scale] for mix in mixes]
-        used = {slot for mix in kept for slot, _ in mix}
-        if counted and self.on_batch is not None:
-            self.on_batch(len(kept), len(used))
-        if not used:
+        columns = self._columns(mixes, counted=counted)
+        if not columns:
             with self._activate(None):
                 yield
             return
-        width = max(len(mix) for mix in kept)
-        columns = [[mix[k] if k < len(mix) else (ZERO_SLOT, 1.0) for mix in kept] for k in range(width)]
         with self._activate(
             _Rows(self.factors, [_Column.of(column, self.arena.device) for column in columns])
         ):
             yield
+
+    def fixed_rows(self, count: int) -> FixedRows:
+        """Rows whose adapters are read from tensors that stay where they are: for compiled passes."""
+        return FixedRows(self, count)
+
+    def _columns(self, mixes: Sequence[Mix], *, counted: bool) -> list[list[tuple[int, float]]]:
+        """Adapters by column: the k-th of every row, or the zero slot. None when no row has any."""
+        kept = [[(slot, scale) for slot, scale in mix if slot != ZERO_SLOT and scale] for mix in mixes]
+        if counted and self.on_batch is not None:
+            self.on_batch(len(kept), len({slot for mix in kept for slot, _ in mix}))
+        width = max((len(mix) for mix in kept), default=0)
+        return [[mix[k] if k < len(mix) else (ZERO_SLOT, 1.0) for mix in kept] for k in range(width)]
 
     def training_slot(
         self,
@@ -445,12 +452,12 @@ class _Column:
     Args:
         slots: `[B]`.
         scales: `[B]`; None when all are 1.
-        base_rows: indices of the rows of slot 0.
+        base_rows: indices of the rows of slot 0; None leaves it to the operator.
     """
 
     slots: Tensor
     scales: Tensor | None
-    base_rows: Tensor
+    base_rows: Tensor | None
 
     @classmethod
     def of(cls, column: Mix, device: torch.device) -> _Column:
@@ -487,6 +494,46 @@ class _Rows:
             assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
             output = multi_lora_(output, x, A, B, column.slots, column.scales, base_rows=column.base_rows)
         return output
+
+
+class FixedRows:
+    """One adapter for each of a fixed number of rows, in tensors that are written and never replaced.
+
+    A compiled pass or a CUDA graph keeps reading the tensors it was made with; rows of the base read slot 0.
+
+    Args:
+        bank: whose slots they name.
+        count: rows.
+    """
+
+    def __init__(self, bank: AdapterBank, count: int) -> None:
+        self._bank = bank
+        device = bank.arena.device
+        self._column = _Column(
+            torch.zeros(count, dtype=torch.int64, device=device), torch.ones(count, device=device), None
+        )
+
+    def set(self, mixes: Sequence[Mix]) -> bool:
+        """Give the first rows these adapters and the others the base.
+
+        Returns:
+            False, with nothing changed, where a row has several.
+        """
+        if any(len(mix) > 1 for mix in mixes):
+            return False
+        column = next(iter(self._bank._columns(mixes, counted=True)), [])  # noqa: SLF001 - one class in parts
+        rest = len(self._column.slots) - len(column)
+        column = [*column, *[(ZERO_SLOT, 1.0)] * rest]
+        assert self._column.scales is not None
+        self._column.slots.copy_(torch.tensor([slot for slot, _ in column]))
+        self._column.scales.copy_(torch.tensor([scale for _, scale in column]))
+        return True
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the enclosed `base.predict` calls read them."""
+        with self._bank._activate(_Rows(self._bank.factors, [self._column])):  # noqa: SLF001 - as above
+            yield
 
 
 class TrainingSlot:

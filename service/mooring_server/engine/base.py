@@ -38,6 +38,7 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     threads: int | None = None,
     autocast: bool = False,
+    attention: str = "auto",
 ) -> BaseModel:
     """Load an SD1.x/2.x or SDXL base.
 
@@ -49,6 +50,7 @@ def load_base(
         dtype: of UNet and text encoders, whatever the files hold.
         threads: torch CPU threads for the calling thread; None leaves them.
         autocast: compute the UNet in bfloat16 (see `BaseModel`).
+        attention: kernel of the UNet's attention (see `BaseModel`).
 
     Raises:
         MooringError: BASE_NOT_USABLE, saying what is missing or not supported.
@@ -85,6 +87,7 @@ def load_base(
         zero_negative=kind == "sdxl" and bool(index.get("force_zeros_for_empty_prompt", True)),
         trained_words=_trained_words(root / WORDS_FILE),
         autocast=autocast,
+        attention=attention,
     )
     _require_supported(base)
     return base

@@ -25,9 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mooring_server.engine.ticks import UnetCall, answer
+
 if TYPE_CHECKING:
     from mooring_server.engine.bank import AdapterBank
     from mooring_server.engine.model import BaseModel
+    from mooring_server.engine.static_passes import StaticPasses
 
 Shape = tuple[int, int]
 """Latent height and width."""
@@ -43,6 +46,8 @@ _ENOUGH = 3
 """Figures of which the median counts: one slow pass changes nothing."""
 _MIN_SECONDS = 1e-9
 _RUNS = 3
+_ENOUGH_SECONDS = 0.5
+"""Spent on one row count, this is enough for a figure after the second run."""
 _GROWTH = 1.02
 _FORMAT = 1
 
@@ -196,9 +201,10 @@ def measure(
     max_rows: int = 32,
     max_step_seconds: float,
     row_wise: bool = False,
+    prepared: StaticPasses | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> CostTable:
-    """Time passes of 1, 2, 4, … rows with adapters at the native size; best of three runs each.
+    """Time passes of 1, 2, 4, … rows with adapters at the native size; best of up to three runs each.
 
     Ends after a pass of more than `MIN_ROWS` rows that takes longer than `max_step_seconds`, or once two
     doublings in a row brought no more rows per second. Runs on the caller's thread, with its torch threads:
@@ -210,6 +216,7 @@ def measure(
         max_rows: largest row count.
         max_step_seconds: of the table.
         row_wise: as the engine will call `BaseModel.predict`.
+        prepared: passes that the engine will use; those that are timed are prepared first.
         progress: called with (rows, seconds) after each row count.
 
     Raises:
@@ -222,17 +229,23 @@ def measure(
     best, stalled, rows = 0.0, 0, 1
     try:
         while rows <= max_rows:
-            latents = torch.zeros(rows, base.latent_channels, side, side, device=base.device)
-            timesteps = torch.full((rows,), base.num_train_timesteps // 2, device=base.device)
-            embeds = encoded.rows([0] * rows)
+            if prepared is not None:
+                prepared.prepare(rows)
+            call = UnetCall(
+                torch.zeros(rows, base.latent_channels, side, side, device=base.device),
+                torch.tensor(base.num_train_timesteps // 2),
+                encoded.rows([0] * rows),
+                [[(slot, 1.0)]] * rows,
+            )
             runs = []
-            with bank.mixed([[(slot, 1.0)]] * rows, counted=False):
-                for _ in range(_RUNS + 1):
-                    started = time.perf_counter()
-                    base.predict(latents, timesteps, embeds, row_wise=row_wise)
-                    if base.device.type == "cuda":
-                        torch.cuda.synchronize(base.device)
-                    runs.append(time.perf_counter() - started)
+            for _ in range(_RUNS + 1):
+                started = time.perf_counter()
+                answer(base, bank, [call], row_wise=row_wise, prepared=prepared)
+                if base.device.type == "cuda":
+                    torch.cuda.synchronize(base.device)
+                runs.append(time.perf_counter() - started)
+                if len(runs) > 1 and sum(runs) > _ENOUGH_SECONDS:
+                    break
             seconds[rows] = max(min(runs[1:]), _MIN_SECONDS)  # the first run of a shape sets things up
             if progress is not None:
                 progress(rows, seconds[rows])

@@ -29,7 +29,7 @@ from mooring_server.engine.prompt_cache import PromptCache
 from mooring_server.engine.requests import GenerationEvent, GenerationRequest, ImageReady, Progress, Queued
 from mooring_server.engine.sampling import MAX_BATCH, SampleRow, draw
 from mooring_server.engine.tasks import EngineObserver, EngineStats, Lane, Task, TaskHandle
-from mooring_server.engine.ticks import Steps, answer, by_itself
+from mooring_server.engine.ticks import Prepared, Steps, answer, by_itself
 from mooring_server.errors import MooringError, Reason
 
 T = TypeVar("T")
@@ -58,6 +58,7 @@ class Engine:
         costs: what passes of the UNet cost; None starts with a guess that the passes then correct.
         deterministic: an image's bits do not depend on what it was batched with. On the CPU passes are
             computed row by row (`row_wise`); elsewhere requests are not batched with each other.
+        prepared: compiled or captured passes to use where one fits.
         prompt_cache_bytes: for encoded prompts.
         observer: receives numbers.
     """
@@ -74,6 +75,7 @@ class Engine:
         tenant_weights: Mapping[str, float] | None = None,
         costs: CostTable | None = None,
         deterministic: bool = True,
+        prepared: Prepared | None = None,
         prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         observer: EngineObserver | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Engine:
         self.max_running = max_running or max(4, self.costs.limit((native, native)) // 2)
         self.deterministic = deterministic
         self._row_wise = deterministic and base.device.type == "cpu"
+        self._prepared = prepared
         self._prompts = PromptCache(prompt_cache_bytes)
         self._observers: list[EngineObserver] = [] if observer is None else [observer]
         self._faulty: set[str] = set()
@@ -222,7 +225,7 @@ class Engine:
                     preview = self.base.decode(clean[:1])[0].numpy()
                 on_event(Progress(before + step, total, preview))
 
-            drawn = draw(
+            drawn: Steps[Tensor] = draw(
                 self.base,
                 self.bank,
                 group,
@@ -236,7 +239,10 @@ class Engine:
             )
             # elsewhere than on the CPU a batch decides about bits: then nobody else's rows are in it
             apart = self.deterministic and not self._row_wise
-            images = yield from by_itself(self.base, self.bank, drawn) if apart else drawn
+            if apart:
+                images = yield from by_itself(self.base, self.bank, drawn, prepared=self._prepared)
+            else:
+                images = yield from drawn
             if number == 0:
                 self._tell("prompts", self._prompts.queries, self._prompts.hits, self._prompts.bytes)
             for offset, image in enumerate(images):
@@ -374,7 +380,7 @@ class Engine:
         began = time.perf_counter()
         try:
             found: list[Tensor | BaseException] = [
-                *answer(self.base, self.bank, calls, row_wise=self._row_wise)
+                *answer(self.base, self.bank, calls, row_wise=self._row_wise, prepared=self._prepared)
             ]
         except BaseException as error:  # noqa: BLE001 - handed to the task it belongs to
             if len(members) == 1:

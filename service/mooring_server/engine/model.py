@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mooring_server.engine.adapters import LearnedEmbeddings
 from mooring_server.engine.row_wise import RowWise
@@ -27,6 +28,15 @@ from mooring_server.errors import FieldViolation, MooringError, Reason
 
 SAMPLERS = ("ddim", "euler", "euler_ancestral", "dpmpp_2m")
 """Sampler names that a request may carry; the first is the default."""
+
+ATTENTION = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""Kernels of attention; None: torch chooses one for each shape."""
 
 StageHook = Callable[[str, float], None]
 """Receives a stage's name and its wall seconds."""
@@ -91,6 +101,7 @@ class BaseModel:
         zero_negative: an empty negative prompt is encoded as zeros (SDXL's `force_zeros_for_empty_prompt`).
         trained_words: the words that the training captions held, where the base lists them.
         autocast: compute the UNet in bfloat16. Off by default, so that results are float32-deterministic.
+        attention: kernel of the UNet's attention, one of `ATTENTION`.
 
     Attributes:
         prediction_type: "epsilon" or "v_prediction".
@@ -116,6 +127,7 @@ class BaseModel:
         zero_negative: bool = False,
         trained_words: frozenset[str] | None = None,
         autocast: bool = False,
+        attention: str = "auto",
     ) -> None:
         self.kind = kind
         self.digest = digest
@@ -127,6 +139,8 @@ class BaseModel:
         self.zero_negative = zero_negative
         self.trained_words = trained_words
         self.autocast = autocast
+        self.attention = attention
+        self._native_ids: Tensor | None = None
         self.on_stage: StageHook | None = None
         for module in self.modules().values():
             module.requires_grad_(requires_grad=False)
@@ -249,7 +263,7 @@ class BaseModel:
                 else:
                     uses_mask = getattr(encoder.config, "use_attention_mask", False)
                     hidden.append(encoder(ids, attention_mask=mask if uses_mask else None)[0])
-        self._stage("text_encode", started)
+        self.stage("text_encode", started)
         if self.kind == "sdxl":
             assert pooled is not None
             return PromptEmbeds(torch.cat(hidden, dim=-1).to(self.dtype), pooled.to(self.dtype))
@@ -295,6 +309,7 @@ class BaseModel:
         *,
         autocast: bool | None = None,
         row_wise: bool = False,
+        unet: Callable[..., Any] | None = None,
     ) -> Tensor:
         """The UNet's raw output: noise or velocity, whichever the base predicts. Differentiable.
 
@@ -304,6 +319,7 @@ class BaseModel:
             embeds: B rows.
             autocast: bfloat16 computation for this call; None takes the base's setting.
             row_wise: each row gets the bits it has in a batch of one; CPU only, slower (see `row_wise`).
+            unet: a compiled form of the UNet to call instead.
 
         Returns:
             `[B, C, H, W]` in the dtype of `latents`.
@@ -313,14 +329,16 @@ class BaseModel:
         conditions: dict[str, Tensor] | None = None
         if self.kind == "sdxl":
             assert embeds.pooled is not None
-            size = [height * self.vae_scale_factor, width * self.vae_scale_factor]
-            # original size, crop corner, target size: what the pipeline passes when nothing else is asked for
-            ids = torch.tensor([[*size, 0, 0, *size]], device=latents.device, dtype=embeds.hidden.dtype)
-            conditions = {"text_embeds": embeds.pooled, "time_ids": ids.expand(batch, -1)}
+            conditions = {
+                "text_embeds": embeds.pooled,
+                "time_ids": self._size_condition(height, width).expand(batch, -1),
+            }
         enabled = self.autocast if autocast is None else autocast
         by_row = self._row_wise.active() if row_wise else nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled), by_row:
-            output: Tensor = self.unet(
+        kernel = ATTENTION[self.attention]
+        attention = nullcontext() if kernel is None else sdpa_kernel(kernel)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled), by_row, attention:
+            output: Tensor = (self.unet if unet is None else unet)(
                 latents.to(self.dtype),
                 timesteps.expand(batch) if timesteps.ndim == 0 else timesteps,
                 encoder_hidden_states=embeds.hidden,
@@ -328,7 +346,7 @@ class BaseModel:
                 return_dict=False,
             )[0]
         if not torch.is_grad_enabled():
-            self._stage("denoise", started)
+            self.stage("denoise", started)
         return output.to(latents.dtype)
 
     @torch.no_grad()
@@ -350,7 +368,7 @@ class BaseModel:
         else:
             latents = encoded.latents
         shift, scale = self._latent_statistics(latents)
-        self._stage("encode", started)
+        self.stage("encode", started)
         scaled: Tensor = (latents - shift) * scale
         return scaled.float()
 
@@ -371,7 +389,7 @@ class BaseModel:
             decoded = self.vae.decode((latent / scale + shift).to(self.vae.dtype), return_dict=False)[0]
             unit = (decoded.float() * 0.5 + 0.5).clamp(0, 1)
             images.append((unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
-        self._stage("decode", started)
+        self.stage("decode", started)
         return torch.cat(images)
 
     # ------------------------------------------------------------------ diffusion
@@ -427,6 +445,18 @@ class BaseModel:
 
     # ------------------------------------------------------------------ inside
 
+    def _size_condition(self, height: int, width: int) -> Tensor:
+        """SDXL's time ids `[1, 6]`: original size, crop corner, target size, as the pipeline's own defaults.
+
+        The native ones are kept: a copy from the host cannot be captured in a CUDA graph.
+        """
+        size = [height * self.vae_scale_factor, width * self.vae_scale_factor]
+        if size != [self.native_size] * 2:
+            return torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
+        if self._native_ids is None:
+            self._native_ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
+        return self._native_ids
+
     def _signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self.alphas_cumprod[timesteps.to(self.device)].reshape(-1, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()
@@ -470,6 +500,7 @@ class BaseModel:
 
         return write
 
-    def _stage(self, name: str, started: float) -> None:
+    def stage(self, name: str, started: float) -> None:
+        """Tell `on_stage` of a stage that began at `started` of `time.perf_counter` and ends now."""
         if self.on_stage is not None:
             self.on_stage(name, time.perf_counter() - started)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,9 +52,23 @@ Steps = Generator[Tick, Tensor | None, T]
 """A task: what it yields, what it is sent, what it returns."""
 
 
+class Prepared(Protocol):
+    """Passes that were compiled or captured beforehand (`static_passes`)."""
+
+    def run(
+        self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds, mixes: Sequence[Mix]
+    ) -> Tensor | None:
+        """The prediction `[B, C, H, W]`; None where nothing was prepared for this shape."""
+
+
 @torch.no_grad()
 def answer(
-    base: BaseModel, bank: AdapterBank, calls: Sequence[UnetCall], *, row_wise: bool = False
+    base: BaseModel,
+    bank: AdapterBank,
+    calls: Sequence[UnetCall],
+    *,
+    row_wise: bool = False,
+    prepared: Prepared | None = None,
 ) -> list[Tensor]:
     """Answer calls of one shape with one pass of the UNet.
 
@@ -63,6 +77,7 @@ def answer(
         bank: its bank.
         calls: at least one.
         row_wise: see `BaseModel.predict`; each row then has the bits it has alone.
+        prepared: passes to use where one fits; not with `row_wise`.
 
     Returns:
         The prediction `[b, C, H, W]` of each call.
@@ -70,13 +85,23 @@ def answer(
     latents = torch.cat([call.latents for call in calls])
     timesteps = torch.cat([call.timestep.to(base.device).expand(call.rows) for call in calls])
     embeds = PromptEmbeds.cat([call.embeds for call in calls])
-    with bank.mixed([mix for call in calls for mix in call.mixes]):
-        predicted = base.predict(latents, timesteps, embeds, row_wise=row_wise)
+    mixes = [mix for call in calls for mix in call.mixes]
+    predicted = None
+    if prepared is not None and not row_wise:
+        predicted = prepared.run(latents, timesteps, embeds, mixes)
+    if predicted is None:
+        with bank.mixed(mixes):
+            predicted = base.predict(latents, timesteps, embeds, row_wise=row_wise)
     return list(torch.split(predicted, [call.rows for call in calls]))
 
 
 def by_itself(
-    base: BaseModel, bank: AdapterBank, steps: Steps[T], *, row_wise: bool = False
+    base: BaseModel,
+    bank: AdapterBank,
+    steps: Steps[T],
+    *,
+    row_wise: bool = False,
+    prepared: Prepared | None = None,
 ) -> Generator[None, None, T]:
     """The same task with its UNet calls answered right here, one for each tick, with no one else's rows.
 
@@ -91,7 +116,10 @@ def by_itself(
             except StopIteration as stop:
                 result: T = stop.value
                 return result
-            sent = None if call is None else answer(base, bank, [call], row_wise=row_wise)[0]
+            if call is None:
+                sent = None
+            else:
+                sent = answer(base, bank, [call], row_wise=row_wise, prepared=prepared)[0]
             yield
     finally:
         steps.close()
