@@ -292,6 +292,7 @@ def generate(
                 ],
                 "adapter": done.adapter if done else "",
                 "adapter_digest": done.adapter_digest if done else "",
+                "more_adapters": dict(done.more_adapters) if done else {},
                 "base_digest": done.base_digest if done else "",
                 "seconds": done.total_seconds if done else None,
                 "unknown_words": list(done.unknown_words) if done else [],
@@ -301,7 +302,7 @@ def generate(
     for image, path in files:
         out.print(f"{escape(str(path))}  seed {image.seed}", soft_wrap=True)
     if done:
-        by = short(done.adapter) or "the base"
+        by = " and ".join(short(name) for name in (done.adapter, *done.more_adapters)) or "the base"
         out.print(f"{done.images} by {by} in {done.total_seconds:.1f} s", style="dim")
         if done.unknown_words:
             words = ", ".join(escape(word) for word in done.unknown_words)

@@ -257,6 +257,36 @@ def test_generate_saves_images_and_previews(server: ScriptedServer, tmp_path: Pa
     assert document["unknown_words"] == ["zeppelin", "[bold]"]
 
 
+def test_generate_takes_several_adapters_with_their_scales(server: ScriptedServer, tmp_path: Path) -> None:
+    seen: list[personalization_pb2.GenerateRequest] = []
+
+    def generate(request: personalization_pb2.GenerateRequest, _: Any) -> Any:
+        seen.append(request)
+        used = personalization_pb2.UsedAdapter(adapter="tenants/local/adapters/cup@2", digest="sha256:c")
+        name = "tenants/local/adapters/rex@3"
+        done = personalization_pb2.GenerateDone(images=1, adapter=name, more_adapters=[used])
+        yield personalization_pb2.GenerateResponse(done=done)
+
+    server.answers["Generate"] = generate
+    arguments = ["generate", "a <rex> dog with a <cup>", "-a", "rex", "-a", "cup:0.7", "-o", str(tmp_path)]
+    result = run(server, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "by rex@3 and cup@2" in result.stdout
+    assert seen[0].adapter == "tenants/-/adapters/rex"
+    assert not seen[0].HasField("adapter_scale")
+    assert [use.adapter for use in seen[0].more_adapters] == ["tenants/-/adapters/cup"]
+    assert seen[0].more_adapters[0].scale == pytest.approx(0.7)
+    document = json.loads(run(server, *arguments, "--scale", "1.5", "--json").stdout)
+    assert document["more_adapters"] == {"tenants/local/adapters/cup@2": "sha256:c"}
+    assert seen[1].adapter_scale == 1.5
+    assert seen[1].more_adapters[0].scale == pytest.approx(0.7)
+    for wrong, says in ((["-a", "cup:much"], "no scale"), (["-a", "rex"], "given twice")):
+        refused = run(server, *arguments, *wrong)
+        assert refused.exit_code == 2
+        assert says in refused.stderr
+    assert len(seen) == 2
+
+
 # -- evaluation ---------------------------------------------------------------------------------------------
 
 

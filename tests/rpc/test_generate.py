@@ -143,6 +143,97 @@ def test_a_name_without_version_is_the_newest_version(stubs, runtime):
     assert generate(stubs, adapter="tenants/local/adapters/sculptor@1")[-1].done.adapter.endswith("@1")
 
 
+# -------------------------------------------------------------------------------------- several adapters
+
+
+@pytest.fixture(scope="module")
+def pair(runtime):
+    """Two adapters with a placeholder each."""
+    publish(runtime, "duo-rex", seed=11, placeholder="<rex>")
+    publish(runtime, "duo-cup", seed=12, placeholder="<cup>")
+    return "tenants/-/adapters/duo-rex", "tenants/-/adapters/duo-cup"
+
+
+def test_two_adapters_act_on_one_request_each_by_its_scale(stubs, pair):
+    first, second = pair
+    values = {"prompt": "a <rex> dog and a <cup>", "adapter": first}
+
+    def both(scale):
+        return generate(stubs, **values, more_adapters=[pb.AdapterUse(adapter=second, scale=scale)])
+
+    responses = both(0.7)
+    done = responses[-1].done
+    assert done.adapter == "tenants/local/adapters/duo-rex@1"
+    assert [use.adapter for use in done.more_adapters] == ["tenants/local/adapters/duo-cup@1"]
+    assert done.more_adapters[0].digest.startswith("sha256:")
+    assert done.more_adapters[0].digest != done.adapter_digest
+    image = drawn(responses)[0]
+    assert np.array_equal(image, drawn(both(0.7))[0])
+    assert not np.array_equal(image, drawn(both(1.4))[0])
+    unscaled = generate(stubs, **values, more_adapters=[pb.AdapterUse(adapter=second)])
+    assert np.array_equal(drawn(unscaled)[0], drawn(both(1.0))[0])
+    only = {"prompt": "a dog", "seed": 4}
+    alone = drawn(generate(stubs, **only, adapter=first))[0]
+    silent = [pb.AdapterUse(adapter=second, scale=0.0)]
+    assert np.array_equal(alone, drawn(generate(stubs, **only, adapter=first, more_adapters=silent))[0])
+
+
+def test_a_batch_takes_several_adapters_too(stubs, pair):
+    first, second = pair
+    values = {"adapter": first, "more_adapters": [pb.AdapterUse(adapter=second)], "seed": 9}
+    responses = list(batch(stubs, [item("both", **values)]))
+    chunks = [response.image for response in responses if response.HasField("image")]
+    assert np.array_equal(pictures(chunks)[0], drawn(generate(stubs, steps=2, **values))[0])
+    assert len(responses[-1].done.more_adapters) == 1
+
+
+def use(name, **scale):
+    return pb.AdapterUse(adapter=name, **scale)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "field", "says"),
+    [
+        ({"adapter": ""}, "INVALID_FIELD", "more_adapters", "for the first one"),
+        ({"adapter_scale": 2.1}, "INVALID_FIELD", "adapter_scale", "0 to 2"),
+        ({"second": {"scale": -0.1}}, "INVALID_FIELD", "more_adapters[0].scale", "0 to 2"),
+        ({"second": {"scale": float("nan")}}, "INVALID_FIELD", "more_adapters[0].scale", "not nan"),
+        ({"third": "cup"}, "BAD_RESOURCE_NAME", "more_adapters[1].adapter", ""),
+        ({"third": "tenants/-/adapters/duo-cup"}, "INVALID_FIELD", "more_adapters[1].adapter", "twice"),
+        ({"third": "tenants/-/adapters/duo-REX"}, "INVALID_FIELD", "more_adapters[1].adapter", "own <rex>"),
+        ({"prompt": "a <max> dog"}, "UNKNOWN_PLACEHOLDER", "prompt", "it knows <cup>, <rex>"),
+        ({"many": 4}, "INVALID_FIELD", "more_adapters", "up to 3"),
+    ],
+)
+def test_what_is_wrong_with_several_adapters_is_said_at_its_field(
+    stubs, runtime, pair, change, reason, field, says
+):
+    first, second = pair
+    change = dict(change)
+    if "REX" in change.get("third", ""):
+        publish(runtime, "duo-other", seed=13, placeholder="<rex>")
+        change["third"] = "tenants/-/adapters/duo-other"
+    more = [use(second, **change.pop("second", {}))] * change.pop("many", 1)
+    if third := change.pop("third", ""):
+        more.append(use(third))
+    failure = failure_of(lambda: generate(stubs, **{"adapter": first, "more_adapters": more, **change}))
+    assert (failure.code.name, failure.reason) == ("INVALID_ARGUMENT", reason)
+    assert list(failure.fields) == [field]
+    assert says in failure.message
+
+
+def test_another_tenants_adapter_is_absent_as_a_further_one_too(stubs, runtime, pair):
+    publish(runtime, "duo-theirs", tenant="rival")
+    found = []
+    for name in ("tenants/rival/adapters/duo-theirs", "tenants/local/adapters/duo-theirs"):
+        failure = failure_of(
+            lambda name=name: generate(stubs, adapter=pair[0], more_adapters=[pb.AdapterUse(adapter=name)])
+        )
+        found.append((failure.code.name, failure.reason, failure.message))
+    assert found[0] == found[1]
+    assert found[0][:2] == ("NOT_FOUND", "ADAPTER_NOT_FOUND")
+
+
 LONG = "a photo of a dog " * 5
 
 

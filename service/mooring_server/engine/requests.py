@@ -83,8 +83,8 @@ class GenerationRequest:
                 Reason.STEPS_OUT_OF_RANGE, "steps", f"steps must lie in 1 to {limit}, not {self.steps}."
             )
         require_within("guidance_scale", self.guidance_scale, MAX_GUIDANCE)
-        for use in self.adapters:
-            require_within("adapter_scale", use.scale, MAX_ADAPTER_SCALE)
+        for index, use in enumerate(self.adapters):
+            require_within(f"adapters[{index}].scale", use.scale, MAX_ADAPTER_SCALE)
         if not 1 <= self.count <= MAX_COUNT:
             raise _refused(
                 Reason.INVALID_FIELD, "count", f"count must lie in 1 to {MAX_COUNT}, not {self.count}."
@@ -116,23 +116,23 @@ class GenerationRequest:
             raise _refused(Reason.INVALID_FIELD, "adapters", message)
         names: set[str] = set()
         digests: set[str] = set()
-        for use in self.adapters:
-            weights = use.weights
+        for index, use in enumerate(self.adapters):
+            field, weights = f"adapters[{index}]", use.weights
             if weights.base_digest != base.digest:
                 message = (
                     f"The adapter belongs to base {weights.base_digest}, this server runs {base.digest}."
                 )
-                raise _refused(Reason.BASE_DIGEST_MISMATCH, "adapter", message)
+                raise _refused(Reason.BASE_DIGEST_MISMATCH, field, message)
             if weights.digest in digests:
                 message = "The same adapter is named twice; name it once with the sum of the scales."
-                raise _refused(Reason.INVALID_FIELD, "adapters", message)
+                raise _refused(Reason.INVALID_FIELD, field, message)
             digests.add(weights.digest)
             mine = {name.lower() for name in weights.embeddings.tokens} if weights.embeddings else set()
             if names & mine:
                 message = (
                     f"Two of the adapters bring their own {min(names & mine)}; a prompt could mean either."
                 )
-                raise _refused(Reason.INVALID_FIELD, "adapters", message)
+                raise _refused(Reason.INVALID_FIELD, field, message)
             names |= mine
 
     def _validate_prompts(self, base: BaseModel) -> None:

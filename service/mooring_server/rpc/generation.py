@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -31,6 +32,8 @@ MAX_PROMPT_CHARACTERS = 8192
 """Longer prompts are refused before they are tokenized: no text encoder takes a fraction of it."""
 
 DEFAULTS = GenerationRequest(prompt="")
+
+_ADAPTER_FIELD = re.compile(r"adapters\[(\d+)\](?:\.(scale))?")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
         sampler=sampler_name(message.sampler),
         preview_interval=message.preview_interval,
     )
-    request.validate(runtime.base)
+    try:
+        request.validate(runtime.base)
+    except MooringError as error:
+        error.fields = tuple(FieldViolation(_contract_name(f.field), f.description) for f in error.fields)
+        raise
     texts = (request.prompt, request.negative_prompt)
     checks = [runtime.base.check_prompt(text, request.embeddings) for text in texts]
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
@@ -115,6 +122,17 @@ def _wanted(message: pb.GenerateRequest) -> list[tuple[str, pb.AdapterUse]]:
     scale = {"scale": message.adapter_scale} if message.HasField("adapter_scale") else {}
     first = pb.AdapterUse(adapter=message.adapter, **scale)
     return [("adapter", first), *((f"{field}.adapter", use) for field, use in more)]
+
+
+def _contract_name(field: str) -> str:
+    """The engine numbers a request's adapters from 0; the contract has the first one in fields of its own."""
+    match = _ADAPTER_FIELD.fullmatch(field)
+    if match is None:
+        return field
+    index, scale = int(match[1]), match[2]
+    if index == 0:
+        return "adapter_scale" if scale else "adapter"
+    return f"more_adapters[{index - 1}].{scale or 'adapter'}"
 
 
 def _invalid(field: str, problem: str) -> MooringError:
