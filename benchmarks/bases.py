@@ -1,8 +1,9 @@
 """Bases that the engine's benchmarks run on, and diffusers pipelines on the very same weights.
 
 dinghy ships with Mooring. "sd15" and "sdxl" are random weights in the shapes of Stable Diffusion 1.5 and XL:
-how long a step takes does not depend on what the weights know, and nothing has to be downloaded. Their images
-are noise; that ours equal the peer's is checked on them all the same.
+how long a step takes does not depend on what the weights know, and nothing has to be downloaded. "sdxl-small"
+is XL with 2 instead of 10 transformer blocks a level and 4 text layers, for machines without a GPU. Their
+images are noise; that ours equal the peer's is checked on them all the same.
 
 A peer that changes modules (PEFT, diffusers' LoRA loader) gets modules of its own whose tensors are ours, so
 that a base is in memory once.
@@ -19,7 +20,7 @@ from mooring_server import dinghy
 from mooring_server.engine.base import BaseModel, load_base
 from torch import nn
 
-SHAPES = ("dinghy", "sd15", "sdxl")
+SHAPES = ("dinghy", "sd15", "sdxl", "sdxl-small")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SCHEDULER = {
     "beta_start": 0.00085,
@@ -42,7 +43,7 @@ def load(name: str, *, device: str = "cpu", dtype: str = "float32") -> BaseModel
         device: torch device.
         dtype: "float32" or "bfloat16", of UNet and text encoders.
     """
-    if name in {"sd15", "sdxl"}:
+    if name in SHAPES[1:]:
         return _random(name, device, _DTYPES[dtype])
     return load_base(dinghy.base_dir() if name == "dinghy" else name, device=device, dtype=_DTYPES[dtype])
 
@@ -117,29 +118,34 @@ def _random(name: str, device: str, dtype: torch.dtype) -> BaseModel:
     # any tokenizer will do: tokens are drawn from a small vocabulary, rows have the usual 77
     tokenizer = texts.CLIPTokenizer.from_pretrained(dinghy.base_dir() / "tokenizer", model_max_length=77)
     torch.manual_seed(0)
+    xl = name.startswith("sdxl")
     with torch.device(device):
-        unet_options = dict(_SDXL_UNET if name == "sdxl" else _SD15_UNET)
+        unet_options = dict(_SDXL_UNET if xl else _SD15_UNET)
+        if name == "sdxl-small":
+            unet_options["transformer_layers_per_block"] = (1, 2, 2)
         unet = networks.UNet2DConditionModel(in_channels=4, out_channels=4, **unet_options).to(dtype)
         vae = networks.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2,
-            scaling_factor=0.13025 if name == "sdxl" else 0.18215,
+            scaling_factor=0.13025 if xl else 0.18215,
         )
         encoders = [texts.CLIPTextModel(_text(tokenizer, 768, 12, 768)).to(dtype)]
-        if name == "sdxl":
-            second = texts.CLIPTextModelWithProjection(_text(tokenizer, 1280, 32, 1280))
+        if xl:
+            second = texts.CLIPTextModelWithProjection(
+                _text(tokenizer, 1280, 4 if name == "sdxl-small" else 32, 1280)
+            )
             encoders.append(second.to(dtype))
     return BaseModel(
-        kind="sdxl" if name == "sdxl" else "sd",
+        kind="sdxl" if xl else "sd",
         digest=f"sha256:random-{name}",
         unet=unet,
         text_encoders=encoders,
         tokenizers=[tokenizer] * len(encoders),
         vae=vae,
         scheduler_config=_SCHEDULER,
-        zero_negative=name == "sdxl",
+        zero_negative=xl,
     )
 
 

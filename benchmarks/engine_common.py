@@ -33,7 +33,9 @@ class GateError(Exception):
 def options_for(description: str | None) -> argparse.ArgumentParser:
     """The options of `common.parser`, and those of every benchmark of the engine."""
     options = parser(description)
-    options.add_argument("--base", default="dinghy", help="dinghy, sd15 or sdxl (random), or a directory")
+    options.add_argument(
+        "--base", default="dinghy", help="dinghy, sd15, sdxl or sdxl-small (random), or a directory"
+    )
     options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--threads", type=int, default=1, help="torch threads of every system compared")

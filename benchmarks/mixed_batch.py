@@ -250,6 +250,10 @@ class PeftPeer:
         """All rows with the adapter "a0"."""
         return self._run(inputs)
 
+    def named(self, inputs: Inputs, name: str) -> Tensor:
+        """All rows with one adapter, by the mixed batch's way."""
+        return self._run(inputs, adapter_names=[name] * len(inputs.latents))
+
     def _run(self, inputs: Inputs, **names: Any) -> Tensor:
         base, latents = self._base, inputs.latents
         conditions = None
