@@ -25,7 +25,7 @@ endif
 export UV_HTTP_TIMEOUT ?= 180
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all bench lint format proto requirements clean-venv
+.PHONY: help setup demo test test-all go bench lint format proto requirements clean-venv
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,11 +49,27 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt pyproject.toml clients
 demo: $(STAMP) ## train none and moored on the shipped photos, compare with the base (about 6 minutes on 2 cores)
 	@$(BIN)/mooring demo
 
-test: lint ## linters, types and every test that is not slow
+test: lint go ## linters, types, the Go client and every test that is not slow
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: lint ## the same with the slow tests
+test-all: lint go ## the same with the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The Go client's tests start the server of .venv. Where Go is missing they are not run, and that is said: unless
+# MOORING_TEST_GO=require, which continuous integration sets. The race detector needs a C compiler.
+go: $(STAMP) ## Go client: gofmt, vet, staticcheck, tests with the race detector
+	@if cd clients/go && go list -m >/dev/null 2>&1; then \
+		echo "==> Go client ($$(go env GOVERSION))"; \
+		unformatted="$$(gofmt -l .)"; test -z "$$unformatted" || { echo "gofmt -w: $$unformatted" >&2; exit 1; }; \
+		go vet ./... && "$$(cd ../.. && $(BIN)/python -m tools.protos staticcheck)" ./... || exit 1; \
+		race=-race; command -v "$$(go env CC)" >/dev/null || race=; \
+		test "$$race" || { echo "==> no C compiler: without the race detector"; test "$(MOORING_TEST_GO)" != require; } && \
+		go test $$race ./...; \
+	elif [ "$(MOORING_TEST_GO)" = require ]; then \
+		echo "MOORING_TEST_GO=require, and no Go that takes clients/go/go.mod is on the PATH" >&2; exit 1; \
+	else \
+		echo "==> no Go that takes clients/go/go.mod is on the PATH: the Go client's tests were NOT run"; \
+	fi
 
 lint: $(STAMP) ## ruff and mypy (buf lint and breaking-change check are tests)
 	$(BIN)/ruff check .
@@ -67,7 +83,7 @@ format: $(STAMP) ## let ruff fix what it can
 bench: $(STAMP) ## the table of drift against budget (hours on 2 cores; see benchmarks/)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
 
-proto: $(STAMP) ## generate the Python stubs from proto/
+proto: $(STAMP) ## generate the Python and Go stubs from proto/
 	$(BIN)/python -m tools.protos generate
 
 requirements: $(STAMP) ## resolve requirements/*.in again into pinned, hashed files
