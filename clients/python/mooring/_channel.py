@@ -1,4 +1,4 @@
-"""How the client's channels are configured: retries, keepalive, message sizes.
+"""How the client's channels are made: TLS and credentials, retries, keepalive, message sizes.
 
 Retries are gRPC's own, by service config, so that they respect deadlines and the server's push-back
 (`grpc-retry-pushback-ms`). Only UNAVAILABLE is retried: every creating call carries a `request_id`, so that a
@@ -8,8 +8,16 @@ sequence.
 
 from __future__ import annotations
 
+import ipaddress
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
 
+import grpc
+
+Pem: TypeAlias = str | Path | bytes
+"""A PEM file's path, or its contents."""
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 """gRPC's default limit, kept on both sides: whatever is larger travels in chunks."""
 
@@ -49,3 +57,72 @@ def channel_options() -> list[tuple[str, object]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
+
+
+def channel_credentials(
+    target: str,
+    *,
+    credentials: grpc.ChannelCredentials | None,
+    api_key: str,
+    token: Callable[[], str] | None,
+    root_certificates: Pem | None,
+    client_certificate: tuple[Pem, Pem] | None,
+) -> grpc.ChannelCredentials | None:
+    """TLS and what goes with every call; None (plain text) for a loopback target and nothing of TLS.
+
+    Raises:
+        ValueError: a key or token would travel in the clear, or two ways of security were asked for.
+        OSError: a PEM file cannot be read.
+    """
+    if credentials and (root_certificates or client_certificate):
+        message = "credentials and root_certificates or client_certificate exclude each other"
+        raise ValueError(message)
+    if api_key and token:
+        message = "api_key and token exclude each other"
+        raise ValueError(message)
+    source = (lambda: api_key) if api_key else token
+    if not (credentials or root_certificates or client_certificate) and is_loopback(target):
+        if source:
+            message = "A credential is not sent in the clear: give root_certificates or credentials, for TLS."
+            raise ValueError(message)
+        return None
+    if credentials is None:
+        chain, private = client_certificate or (None, None)
+        credentials = grpc.ssl_channel_credentials(
+            _contents(root_certificates), _contents(private), _contents(chain)
+        )
+    if source is None:
+        return credentials
+    return grpc.composite_channel_credentials(credentials, grpc.metadata_call_credentials(_Bearer(source)))
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a target can be reached from this machine only."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    for scheme in ("dns:///", "dns:", "ipv4:", "ipv6:"):
+        target = target.removeprefix(scheme)
+    host = target.rpartition(":")[0] if target.count(":") == 1 or "]" in target else target
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+class _Bearer(grpc.AuthMetadataPlugin):
+    """Sends what a function returns as `authorization: Bearer`, asked at every call."""
+
+    def __init__(self, source: Callable[[], str]) -> None:
+        self._source = source
+
+    def __call__(self, _: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        try:
+            callback((("authorization", f"Bearer {self._source()}"),), None)
+        except Exception as error:  # noqa: BLE001 - of the caller's function; gRPC makes it the call's failure
+            callback((), error)
+
+
+def _contents(pem: Pem | None) -> bytes | None:
+    return pem if pem is None or isinstance(pem, bytes) else Path(pem).read_bytes()

@@ -41,7 +41,7 @@ class Resume:
         raise errors.UnavailableError("The stream ended before the job did.", remedy="Watch the job again.")
 
     def pause_after(self, error: errors.MooringError) -> float:
-        """Seconds to wait before the next try.
+        """Seconds to wait before the next try: growing, and at least what the server asks for.
 
         Raises:
             MooringError: the error itself, when another try is not worth it.
@@ -50,4 +50,4 @@ class Resume:
         if not isinstance(error, errors.UnavailableError) or not self._started or silent > self._patience:
             raise error
         self._failures += 1
-        return min(0.2 * 2.0 ** min(self._failures, 10), 3.0)
+        return max(min(0.1 * 2.0 ** min(self._failures, 10), 3.0), error.retry_after or 0.0)

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from mooring import _requests, errors
-from mooring._channel import channel_options
+from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded, translated
@@ -51,7 +51,11 @@ class Client:
 
     Args:
         target: "host:port".
-        credentials: `grpc.ssl_channel_credentials(...)` for TLS; None speaks plain text, for loopback.
+        credentials: gRPC's own; this and the next four are those of `mooring.Client`.
+        api_key: sent with every call; over TLS only.
+        token: called for the token of every call; over TLS only.
+        root_certificates: PEM of the authorities to trust; None: the system's.
+        client_certificate: PEM of certificate chain and private key.
         timeout: seconds that a short call may take; streams and uploads have none unless given.
     """
 
@@ -60,14 +64,26 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str = "",
+        token: Callable[[], str] | None = None,
+        root_certificates: Pem | None = None,
+        client_certificate: tuple[Pem, Pem] | None = None,
         timeout: float = 30.0,
     ) -> None:
         options: Any = channel_options()
+        security = channel_credentials(
+            target,
+            credentials=credentials,
+            api_key=api_key,
+            token=token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+        )
         self.target = target
         self._timeout = timeout
         self._channel = (
-            grpc.aio.secure_channel(target, credentials, options)
-            if credentials
+            grpc.aio.secure_channel(target, security, options)
+            if security
             else grpc.aio.insecure_channel(target, options)
         )
         self._personalization = personalization_pb2_grpc.PersonalizationServiceStub(self._channel)

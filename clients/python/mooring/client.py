@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from mooring import _requests, errors
-from mooring._channel import channel_options
+from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.types import (
@@ -58,12 +58,18 @@ def translated() -> Iterator[None]:
 class Client:
     """A connection to a Mooring server; thread-safe, to be closed or used as a context manager.
 
+    It speaks TLS, but for a loopback target where nothing of TLS is given.
+
     Every call may raise a class of `mooring.errors`. Where a subject, adapter or job is asked for, its id
     ("rex", "rex@2"), its resource name or the message itself will do.
 
     Args:
         target: "host:port".
-        credentials: `grpc.ssl_channel_credentials(...)` for TLS; None speaks plain text, for loopback.
+        credentials: gRPC's own, where the arguments below do not reach.
+        api_key: sent with every call; over TLS only.
+        token: called for the token (a JWT) of every call, on a thread of gRPC's; over TLS only.
+        root_certificates: PEM of the authorities to trust, as path or bytes; None: the system's.
+        client_certificate: PEM of certificate chain and private key, shown to the server.
         timeout: seconds that a short call may take; streams and uploads have none unless given.
 
     Example:
@@ -71,6 +77,9 @@ class Client:
         ...     client.create_subject("rex", class_noun="dog", rights="owned", photos=["rex.jpg"])
         ...     adapter = client.wait(client.train("rex")).adapter
         ...     client.images("a photo of <rex> on the beach", adapter=adapter)[0].save("rex.png")
+
+    Raises:
+        ValueError: a credential would travel in the clear, or the arguments exclude each other.
     """
 
     def __init__(
@@ -78,14 +87,26 @@ class Client:
         target: str = DEFAULT_TARGET,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str = "",
+        token: Callable[[], str] | None = None,
+        root_certificates: Pem | None = None,
+        client_certificate: tuple[Pem, Pem] | None = None,
         timeout: float = 30.0,
     ) -> None:
         options: Any = channel_options()
+        security = channel_credentials(
+            target,
+            credentials=credentials,
+            api_key=api_key,
+            token=token,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+        )
         self.target = target
         self._timeout = timeout
         self._channel = (
-            grpc.secure_channel(target, credentials, options)
-            if credentials
+            grpc.secure_channel(target, security, options)
+            if security
             else grpc.insecure_channel(target, options)
         )
         self._personalization = personalization_pb2_grpc.PersonalizationServiceStub(self._channel)
