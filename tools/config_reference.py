@@ -13,14 +13,15 @@ import argparse
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from mooring_server.config import Settings
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
+from pydantic_settings import NoDecode
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 COMMAND = "python -m tools.config_reference"
@@ -30,7 +31,8 @@ _HEAD = f"""# Configuration
 
 Every setting is an environment variable of `mooring serve`; the few that one changes by hand are options of
 the command too, and an option wins. A value that is not allowed ends the start with one line that names it.
-Lists are written in JSON. [operations.md](operations.md) tells how to run the server.
+Lists and maps are written in JSON, where nothing else is said. [operations.md](operations.md) tells how to
+run the server.
 
 | variable | option | values | default | what |
 |---|---|---|---|---|
@@ -48,6 +50,8 @@ _TYPES: dict[Any, str] = {
 def values_of(field: FieldInfo) -> str:
     """What a setting may be: its type, or the values and the range that it allows."""
     text = _type_name(field.annotation)
+    if NoDecode in field.metadata:
+        text += ", with commas between"
     bounds = []
     for limit in field.metadata:
         match limit:
@@ -80,8 +84,10 @@ def default_of(field: FieldInfo) -> str:
         value = value.get_secret_value()
     if value is None or value == "":
         return "(empty)"
-    if value in ((), []):
+    if value in ((), [], {}):
         return "none"
+    if isinstance(value, BaseModel):
+        return f"`{value.model_dump_json(exclude_unset=True)}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
@@ -110,9 +116,12 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(part) for part in arguments if part is not type(None))
     if origin in {list, tuple, set, frozenset}:
         return f"list of {_type_name(arguments[0])}"
+    fields: Mapping[str, Any] | None = getattr(annotation, "model_fields", None)
+    if fields is not None:
+        return f"JSON object ({', '.join(f'`{name}`' for name in fields)})"
     if origin is dict:
         return f"map of text to {_type_name(arguments[1])}"
-    return _TYPES.get(annotation) or getattr(annotation, "__name__", str(annotation))
+    return _TYPES.get(annotation) or str(getattr(annotation, "__name__", annotation))
 
 
 def _number(value: Any) -> str:

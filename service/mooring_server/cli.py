@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mooring_server import cli_health, cli_work
+from mooring_server.cli_keys import keys
 from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
-from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, fail, out
+from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, out
 from mooring_server.cli_resources import adapters, jobs, subjects
-from mooring_server.cli_server import RunningServer, announced, connect, resolve_state_dir
+from mooring_server.cli_server import RunningServer, announced, connect, read_settings, resolve_state_dir
 from mooring_server.cli_storage import db
-
-if TYPE_CHECKING:
-    from mooring_server.config import Settings
 
 app = typer.Typer(
     name="mooring",
@@ -35,6 +33,7 @@ app.add_typer(subjects, name="subjects")
 app.add_typer(adapters, name="adapters")
 app.add_typer(jobs, name="jobs")
 app.add_typer(db, name="db")
+app.add_typer(keys, name="keys")
 app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
 app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
 app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)
@@ -71,24 +70,6 @@ def main(
     del version
 
 
-def _settings(**options: object) -> Settings:
-    """Settings from the options that were given, over `MOORING_*` variables, over defaults."""
-    from pydantic import ValidationError
-
-    from mooring_server.config import Settings
-
-    try:
-        return Settings(**{name: value for name, value in options.items() if value})  # type: ignore[arg-type]
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = "_".join(str(part) for part in first["loc"])
-        raise fail(
-            f"{field}: {first['msg'].removeprefix('Value error, ')}",
-            f"Change --{field.replace('_', '-')} or MOORING_{field.upper()}.",
-            code=2,
-        ) from None
-
-
 @app.command()
 def serve(
     *,
@@ -119,7 +100,7 @@ def serve(
     mooring serve --base ./stable-diffusion-v1-5 --listen 127.0.0.1:6000
     """
     with errors_shown():
-        settings = _settings(
+        settings = read_settings(
             base=base,
             state_dir=resolve_state_dir(state_dir),
             listen=listen,

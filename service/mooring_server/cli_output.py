@@ -33,6 +33,7 @@ EXIT_CODES = {
     "wrong state (no photos, other base, name taken)": 4,
     "server away, busy or too slow": 5,
     "job failed or cancelled": 6,
+    "no valid credential, or not allowed": 7,
     "interrupted": 130,
     "anything else": 1,
 }
@@ -50,6 +51,8 @@ _BY_CLIENT_ERROR = {
     "DeadlineExceededError": 5,
     "ResourceExhaustedError": 5,
     "JobFailedError": 6,
+    "UnauthenticatedError": 7,
+    "PermissionDeniedError": 7,
 }
 _BY_SERVER_CODE = {
     Code.INVALID_ARGUMENT: 2,

@@ -27,6 +27,8 @@ from mooring_server.cli_output import err, fail
 if TYPE_CHECKING:
     import mooring
 
+    from mooring_server.config import Settings
+
 START_SECONDS = 180.0
 """Importing torch and loading a base takes 5 to 15 s here; a large base on a slow disk much longer."""
 
@@ -141,6 +143,28 @@ def resolve_state_dir(state_dir: Path | None) -> Path:
     from mooring_server.config import default_state_dir
 
     return state_dir or Path(os.environ.get("MOORING_STATE_DIR") or default_state_dir())
+
+
+def read_settings(**options: object) -> Settings:
+    """Settings from the options that were given, over `MOORING_*` variables, over defaults.
+
+    Raises:
+        typer.Exit: one of them is wrong.
+    """
+    from pydantic import ValidationError
+
+    from mooring_server.config import Settings
+
+    try:
+        return Settings(**{name: value for name, value in options.items() if value})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "_".join(str(part) for part in first["loc"])
+        raise fail(
+            f"{field}: {first['msg'].removeprefix('Value error, ')}",
+            f"Change --{field.replace('_', '-')} or MOORING_{field.upper()}.",
+            code=2,
+        ) from None
 
 
 def _find_or_start(folder: Path, base: str) -> RunningServer:

@@ -10,13 +10,27 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 2**20
+AuthMethod = Literal["api_key", "jwt", "mtls"]
+TENANT = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+"""The form of a tenant's name."""
+
+
+class Role(StrEnum):
+    """What a credential is for; one per credential. What each may do stands in `rpc/permissions.py`."""
+
+    READ_ONLY = "read-only"
+    USER = "user"
+    ADMIN = "admin"
+    OPERATOR = "operator"
 
 
 def default_state_dir() -> Path:
@@ -31,6 +45,30 @@ def default_threads() -> int:
     long with two threads on two busy cores.
     """
     return max(1, len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1)
+
+
+class Quota(BaseModel):
+    """What one tenant may use. None is no limit.
+
+    Attributes:
+        requests_per_second: calls in the long run, streams counted once.
+        burst: calls at once; by default twice the rate, and at least one.
+        queue_depth: generations that wait or run.
+        concurrent_jobs: jobs that have not ended.
+        adapters: adapter versions, with those that unfinished trainings will make.
+        stored_bytes: of photos as uploaded and of adapter files.
+        device_seconds_per_day: engine time in a UTC day; work that has begun is not cut off.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    requests_per_second: float | None = Field(default=None, gt=0)
+    burst: float | None = Field(default=None, ge=1)
+    queue_depth: int | None = Field(default=None, ge=0)
+    concurrent_jobs: int | None = Field(default=None, ge=0)
+    adapters: int | None = Field(default=None, ge=0)
+    stored_bytes: int | None = Field(default=None, ge=0)
+    device_seconds_per_day: float | None = Field(default=None, ge=0)
 
 
 class Settings(BaseSettings):
@@ -76,7 +114,7 @@ class Settings(BaseSettings):
 
     listen: str = Field(
         default="127.0.0.1:50051",
-        description="Address of the gRPC server; port 0 takes a free one. Loopback only.",
+        description="Address of the gRPC server; port 0 takes a free one. Off loopback: TLS and auth only.",
     )
     metrics_listen: str = Field(
         default="127.0.0.1:9464",
@@ -85,6 +123,45 @@ class Settings(BaseSettings):
     health_listen: str = Field(
         default="",
         description="Address for health alone, plain gRPC to anybody who reaches it (probes). Default: none.",
+    )
+    tls_cert: Path | None = Field(
+        default=None, description="Server certificate chain, PEM. Read again on change."
+    )
+    tls_key: Path | None = Field(default=None, description="Its private key, PEM. Read again on change.")
+    tls_client_ca: Path | None = Field(
+        default=None, description="CA of client certificates, PEM; with it every client must show one."
+    )
+    auth: Annotated[tuple[AuthMethod, ...], NoDecode] = Field(
+        default=(),
+        description="Accepted credentials, with commas: api_key, jwt, mtls. Empty: none, loopback only.",
+    )
+    mtls_trust_domain: str = Field(
+        default="mooring",
+        description="Trust domain of client certificates: spiffe://DOMAIN/tenants/TENANT/ROLE.",
+    )
+    jwt_issuer: str = Field(default="", description="Required `iss` of tokens.")
+    jwt_audience: str = Field(default="", description="Required `aud` of tokens.")
+    jwt_jwks_file: Path | None = Field(default=None, description="Keys of the issuer: a JWKS file.")
+    jwt_jwks_url: str = Field(default="", description="Keys of the issuer: a JWKS https address.")
+    jwt_jwks_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Hosts that keys may be fetched from, separated by commas."
+    )
+    jwt_jwks_ca: Path | None = Field(default=None, description="CA of that host, PEM. Default: the system's.")
+    jwt_refresh_seconds: float = Field(
+        default=300.0, ge=10.0, le=86_400.0, description="Age at which the issuer's keys are read again."
+    )
+    jwt_leeway_seconds: float = Field(
+        default=30.0, ge=0.0, le=300.0, description="How far clocks may differ for `exp`, `nbf` and `iat`."
+    )
+    jwt_tenant_claim: str = Field(default="tenant", min_length=1, description="Claim that names the tenant.")
+    jwt_role_claim: str = Field(default="role", min_length=1, description="Claim that names the role.")
+    reflection: Literal["open", "authenticated", "off"] = Field(
+        default="open", description="Who may read the contract by reflection."
+    )
+    quota: Quota = Field(default=Quota(), description="Limits of every tenant, as JSON; see security.md.")
+    tenant_quotas: dict[str, Quota] = Field(
+        default={},
+        description="Limits of tenants that differ, as JSON by tenant; what is left out is as above.",
     )
     log_format: Literal["auto", "console", "json"] = Field(
         default="auto", description="auto: JSON unless standard error is a terminal."
@@ -159,29 +236,29 @@ class Settings(BaseSettings):
         description="Time for running calls and the job's checkpoint at shutdown.",
     )
 
-    @field_validator("listen", "metrics_listen")
+    @field_validator("auth", "jwt_jwks_hosts", mode="before")
     @classmethod
-    def _loopback(cls, value: str) -> str:
-        """The server has no authentication yet, so nothing but this machine may reach it."""
-        if not value:
-            return value
-        host, separator, port = value.rpartition(":")
-        if not separator or not port.isdigit() or int(port) > 65535:
-            message = f"{value!r} is not host:port"
-            raise ValueError(message)
-        if not is_loopback(host):
-            message = (
-                f"{value!r} is not a loopback address: the server answers without authentication, so it "
-                "listens on 127.0.0.1, [::1] or localhost only"
-            )
-            raise ValueError(message)
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("tenant_quotas")
+    @classmethod
+    def _tenants(cls, value: dict[str, Quota]) -> dict[str, Quota]:
+        for name in value:
+            if not TENANT.fullmatch(name):
+                message = f"{name!r} is not a tenant's name: 1 to 63 lower-case letters, digits and hyphens"
+                raise ValueError(message)
         return value
 
-    @field_validator("health_listen")
+    @field_validator("listen", "metrics_listen", "health_listen")
     @classmethod
-    def _health_address(cls, value: str) -> str:
-        """Any address will do: it tells whether the server serves, and nothing else."""
-        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]/]+):\d{1,5}", value):
+    def _address(cls, value: str) -> str:
+        form = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^:\[\]/]+):(\d{1,5})", value)
+        if value and (form is None or int(form[1]) > 65535):
             message = f"{value!r} is not host:port"
             raise ValueError(message)
         return value
@@ -217,6 +294,56 @@ class Settings(BaseSettings):
     def costs_file(self) -> Path:
         """Where the measured costs of UNet passes are kept for the next start."""
         return self.state_dir / "pass-costs.json"
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        """Who can reach the server must have to say who they are, and must not be overheard.
+
+        Health may listen anywhere: it tells whether the server serves, and nothing else.
+        """
+        for name in ("listen", "metrics_listen"):
+            address = getattr(self, name)
+            if not address or is_loopback(address.rpartition(":")[0]):
+                continue
+            if not self.auth:
+                message = (
+                    f"{name}: {address!r} is not a loopback address, and a server without authentication "
+                    "listens on 127.0.0.1, [::1] or localhost only; set MOORING_AUTH"
+                )
+                raise ValueError(message)
+            if name == "listen" and self.tls_cert is None:
+                message = (
+                    f"{name}: {address!r} is not a loopback address, and credentials must not travel in the "
+                    "clear; set MOORING_TLS_CERT and MOORING_TLS_KEY"
+                )
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        """Each method of authentication has all that it needs."""
+        url = urlsplit(self.jwt_jwks_url)
+        problems = {
+            "tls_cert and tls_key belong together": (self.tls_cert is None) != (self.tls_key is None),
+            "tls_client_ca needs tls_cert and tls_key": self.tls_client_ca and self.tls_cert is None,
+            "auth mtls needs tls_client_ca": "mtls" in self.auth and self.tls_client_ca is None,
+            "auth jwt needs jwt_issuer and jwt_audience": "jwt" in self.auth
+            and not (self.jwt_issuer and self.jwt_audience),
+            "auth jwt needs one of jwt_jwks_file and jwt_jwks_url": "jwt" in self.auth
+            and bool(self.jwt_jwks_file) == bool(self.jwt_jwks_url),
+            "jwt_jwks_url must be https": self.jwt_jwks_url and url.scheme != "https",
+            f"jwt_jwks_url: host {url.hostname!r} is not in jwt_jwks_hosts": self.jwt_jwks_url
+            and url.hostname not in self.jwt_jwks_hosts,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
+        return self
+
+    def quota_of(self, tenant: str) -> Quota:
+        """The limits of a tenant: its own where it has any, else everybody's."""
+        own = self.tenant_quotas.get(tenant)
+        return self.quota if own is None else self.quota.model_copy(update=own.model_dump(exclude_unset=True))
 
     @property
     def storage_url(self) -> str:

@@ -20,6 +20,7 @@ class Code(StrEnum):
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     PERMISSION_DENIED = "PERMISSION_DENIED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
     RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
     CANCELLED = "CANCELLED"
     ABORTED = "ABORTED"
@@ -66,7 +67,10 @@ class Reason(StrEnum):
     ARTIFACT_NOT_FOUND = "ARTIFACT_NOT_FOUND"
     JUDGES_NOT_AVAILABLE = "JUDGES_NOT_AVAILABLE"
     QUEUE_FULL = "QUEUE_FULL"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     NOT_ALLOWED = "NOT_ALLOWED"
+    NOT_AUTHENTICATED = "NOT_AUTHENTICATED"
+    IDENTITY_UNAVAILABLE = "IDENTITY_UNAVAILABLE"
     CANCELLED = "CANCELLED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     DRAINING = "DRAINING"
@@ -102,7 +106,10 @@ REASON_CODE: dict[Reason, Code] = {
     Reason.ALREADY_EXISTS: Code.ALREADY_EXISTS,
     Reason.QUEUE_FULL: Code.RESOURCE_EXHAUSTED,
     Reason.OUT_OF_MEMORY: Code.RESOURCE_EXHAUSTED,
+    Reason.QUOTA_EXCEEDED: Code.RESOURCE_EXHAUSTED,
     Reason.NOT_ALLOWED: Code.PERMISSION_DENIED,
+    Reason.NOT_AUTHENTICATED: Code.UNAUTHENTICATED,
+    Reason.IDENTITY_UNAVAILABLE: Code.UNAVAILABLE,
     Reason.CANCELLED: Code.CANCELLED,
     Reason.DEADLINE_EXCEEDED: Code.DEADLINE_EXCEEDED,
     Reason.DRAINING: Code.UNAVAILABLE,
@@ -127,6 +134,8 @@ class MooringError(Exception):
         remedy: what to do about it; shown after the message.
         metadata: short strings for `ErrorInfo.metadata` (limits, found and expected values).
         fields: field violations for INVALID_ARGUMENT.
+        retry_after: seconds after which a repeat may succeed; `math.inf` says that none will before something
+            else changes; None leaves it to the reason.
     """
 
     def __init__(
@@ -137,6 +146,7 @@ class MooringError(Exception):
         remedy: str = "",
         metadata: Mapping[str, str] | None = None,
         fields: Sequence[FieldViolation] = (),
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(f"{message} {remedy}".strip())
         self.reason = reason
@@ -144,8 +154,37 @@ class MooringError(Exception):
         self.remedy = remedy
         self.metadata = dict(metadata or {})
         self.fields = tuple(fields)
+        self.retry_after = retry_after
 
     @property
     def code(self) -> Code:
         """The canonical status code that belongs to the reason."""
         return REASON_CODE[self.reason]
+
+
+_QUOTA_REMEDIES = {
+    "requests_per_second": "Call less often; the answer says when to go on.",
+    "queue_depth": "Wait for earlier requests, or send them as one GenerateBatch.",
+    "concurrent_jobs": "Wait for a job to end, or cancel one.",
+    "adapters": "Delete adapter versions that are not needed.",
+    "stored_bytes": "Delete subjects or adapter versions that are not needed.",
+    "device_seconds_per_day": "Go on after midnight UTC.",
+}
+
+
+def quota_exceeded(cause: str, *, limit: float, used: float, retry_after: float) -> MooringError:
+    """A tenant asked for more than its share.
+
+    Args:
+        cause: which limit, a field of `config.Quota`.
+        limit: its value.
+        used: how much of it is used.
+        retry_after: as in `MooringError`.
+    """
+    return MooringError(
+        Reason.QUOTA_EXCEEDED,
+        f"The tenant's limit of {limit:g} for {cause} is reached.",
+        remedy=_QUOTA_REMEDIES[cause],
+        metadata={"cause": cause, "scope": "tenant", "limit": f"{limit:g}", "used": f"{used:g}"},
+        retry_after=retry_after,
+    )

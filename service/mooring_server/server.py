@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -52,11 +53,15 @@ from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, PromptSets, readable
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
+from mooring_server.rpc import permissions, tls, tokens
 from mooring_server.rpc.adapters import AdapterServicer
-from mooring_server.rpc.edge import EdgeInterceptor, Gate
+from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
+from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.jobs import JobServicer
+from mooring_server.rpc.permissions import Permission
 from mooring_server.rpc.personalization import PersonalizationServicer
 from mooring_server.rpc.probes import Probes
+from mooring_server.rpc.quotas import DeviceTime, Quotas
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.rpc.subjects import SubjectServicer
 from mooring_server.storage.objects import LocalObjects
@@ -114,6 +119,10 @@ class Server:
         self._metrics = Metrics(self._version)
         self._gate = Gate()
         self._runtime: Runtime | None = None
+        self._store: Store | None = None
+        self._authenticator: Authenticator | None = None
+        self._device_time: DeviceTime | None = None
+        self._quotas = Quotas(settings.quota_of, time.monotonic)
         self._runner: JobRunner | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._grpc: grpc.aio.Server | None = None
@@ -130,12 +139,15 @@ class Server:
         """Listen, load the base model, take calls.
 
         Raises:
-            MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use.
+            MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use or a
+                certificate that cannot be used.
         """
         started = time.monotonic()
         try:
-            await self._listen()
-            await asyncio.to_thread(self._load)
+            # the store first: whoever calls while the base is loaded is told so only when it may know
+            store = await asyncio.to_thread(self._open_store)
+            await self._listen(store)
+            await asyncio.to_thread(self._load, store)
         except BaseException:
             await self.stop()
             raise
@@ -171,17 +183,36 @@ class Server:
             await self._grpc.stop(_CLOSING_GRACE_SECONDS)
         if self._probes is not None:
             await self._probes.stop()
+        if self._authenticator is not None:
+            await self._authenticator.close()
         await asyncio.to_thread(self._close)
         log.info("stopped")
 
     # ------------------------------------------------------------------ listening
 
-    async def _listen(self) -> None:
+    def _open_store(self) -> Store:
+        self.settings.state_dir.mkdir(parents=True, exist_ok=True)
+        store = self._store = Store(self.settings.storage_url)
+        store.quota_of = self.settings.quota_of
+        return store
+
+    async def _listen(self, store: Store) -> None:
         # The servicer starts as SERVING: say otherwise before anybody can ask.
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        settings = self.settings
+        credentials = tls.server_credentials(settings)
+        authenticator = self._authenticator = Authenticator(
+            settings.auth,
+            find_key=store.find_key,
+            tokens=tokens.verifier_of(settings),
+            trust_domain=settings.mtls_trust_domain,
+        )
+        await authenticator.start()
+        reflecting = Permission.READ if settings.reflection == "authenticated" else Permission.OPEN
+        access = Access(authenticator, self._quotas, partial(permissions.rule_of, reflection=reflecting))
         server = grpc.aio.server(
-            interceptors=[EdgeInterceptor(self._metrics, self._gate)],
+            interceptors=[EdgeInterceptor(self._metrics, self._gate, access)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
@@ -196,12 +227,17 @@ class Server:
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(AdapterServicer(provide), server)
         job_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(provide), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
-        )
-        host = self.settings.listen.rpartition(":")[0]
+        if settings.reflection != "off":
+            reflection.enable_server_reflection(
+                [*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+            )
+        host = settings.listen.rpartition(":")[0]
         try:
-            port = server.add_insecure_port(self.settings.listen)
+            port = (
+                server.add_insecure_port(settings.listen)
+                if credentials is None
+                else server.add_secure_port(settings.listen, credentials)
+            )
         except RuntimeError as error:
             raise _address_in_use("listen", self.settings.listen) from error
         self.target = f"{host}:{port}"
@@ -240,10 +276,8 @@ class Server:
 
     # ------------------------------------------------------------------ the parts, off the event loop
 
-    def _load(self) -> None:
+    def _load(self, store: Store) -> None:
         settings = self.settings
-        settings.state_dir.mkdir(parents=True, exist_ok=True)
-        store = Store(settings.storage_url)
         objects = LocalObjects(settings.objects_dir)
         packaged = not settings.base
         base = load_base(
@@ -254,7 +288,9 @@ class Server:
             autocast=settings.autocast,
             attention=settings.attention,
         )
-        observer = MetricsObserver(self._metrics)
+        device_time = self._device_time = DeviceTime(store.add_device_seconds, store.device_seconds)
+        device_time.start()
+        observer = MetricsObserver(self._metrics, device_time.used)
         bank = AdapterBank(
             base, slots=settings.slots, rank=settings.rank, targets=settings.targets, observer=observer
         )
@@ -328,6 +364,8 @@ class Server:
             engine=engine,
             adapters=adapters,
             decoders=DecoderPool(settings.decoders),
+            quotas=self._quotas,
+            device_time=device_time,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
             prompts=prompts,
@@ -343,7 +381,10 @@ class Server:
             self._runtime.engine.close()
             self._runtime.adapters.close()
             self._runtime.decoders.close()
-            self._runtime.store.close()
+        if self._device_time is not None:
+            self._device_time.close()
+        if self._store is not None:
+            self._store.close()
         self._close_metrics()
 
 

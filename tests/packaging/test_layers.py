@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": LEAVES | {"engine", "evaluation", "training", "storage", "dinghy"},
     "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs"},
     "server": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy"},
-    # the command line talks to the server through the client, like everybody else
+    # the command line talks to the server through the client, like everybody else; API keys alone it makes in
+    # the database, because the first one has to come from somewhere
     "cli": {"errors", "config", "server", "dinghy", "demo", "cli", "storage"},
     "demo": {"errors", "config", "dinghy", "cli", "evaluation"},
     "__main__": {"cli"},

@@ -34,6 +34,8 @@ COMMANDS = [
     "subjects",
     "adapters",
     "jobs",
+    "keys",
+    "keys create",
     "demo",
     "health",
     "jobs watch",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import grpc
 import grpc.aio
 import pytest
 import structlog
+from mooring_server.config import Quota
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.rpc.edge import EdgeInterceptor, Gate
+from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
+from mooring_server.rpc.identity import Authenticator
+from mooring_server.rpc.permissions import Permission, Rule
+from mooring_server.rpc.quotas import Quotas
 from mooring_server.telemetry.metrics import Metrics
 from rpc_calls import DEADLINE, read_failure
 
@@ -64,7 +69,11 @@ class Endings:
 @pytest.fixture
 async def edge():
     endings, metrics, gate = Endings(), Metrics("0"), Gate(ready=True)
-    server = grpc.aio.server(interceptors=[EdgeInterceptor(metrics, gate)])
+    authenticator = Authenticator((), find_key=lambda _key: pytest.fail("nobody shows a key"))
+    access = Access(
+        authenticator, Quotas(lambda _tenant: Quota(), time.monotonic), lambda _: Rule(Permission.READ)
+    )
+    server = grpc.aio.server(interceptors=[EdgeInterceptor(metrics, gate, access)])
     make = {
         "unary": grpc.unary_unary_rpc_method_handler,
         "client_stream": grpc.stream_unary_rpc_method_handler,
@@ -156,7 +165,7 @@ async def test_a_typed_error_carries_reason_remedy_and_pause(edge):
     failure = read_failure(error.code(), error.details(), error.trailing_metadata())
     assert failure.reason == "QUEUE_FULL"
     assert failure.message == "No room. Wait."
-    assert failure.metadata == {"remedy": "Wait.", "request_id": "abc-1"}
+    assert failure.metadata == {"remedy": "Wait.", "request_id": "abc-1", "scope": "server"}
     assert failure.retry
     assert int(failure.trailers["grpc-retry-pushback-ms"]) > 0
     assert failure.trailers["x-request-id"] == "abc-1"

@@ -120,6 +120,13 @@ const (
 	ErrorReason_ERROR_REASON_PROMPT_REFUSED ErrorReason = 53
 	// FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`.
 	ErrorReason_ERROR_REASON_IMAGE_WITHHELD ErrorReason = 54
+	// RESOURCE_EXHAUSTED: the tenant's share is used up; metadata `cause` names the limit, `scope` whose it is, `limit`
+	// and `used` the figures. With `RetryInfo` where waiting helps.
+	ErrorReason_ERROR_REASON_QUOTA_EXCEEDED ErrorReason = 41
+	// UNAUTHENTICATED: there is no credential, or none that is valid; what is wrong with it is in the server's log alone.
+	ErrorReason_ERROR_REASON_NOT_AUTHENTICATED ErrorReason = 42
+	// UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat.
+	ErrorReason_ERROR_REASON_IDENTITY_UNAVAILABLE ErrorReason = 43
 	// INTERNAL: a defect of the server; the message holds the request id to look for in its log.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 35
 )
@@ -172,6 +179,9 @@ var (
 		52: "ERROR_REASON_BATCH_TOO_LARGE",
 		53: "ERROR_REASON_PROMPT_REFUSED",
 		54: "ERROR_REASON_IMAGE_WITHHELD",
+		41: "ERROR_REASON_QUOTA_EXCEEDED",
+		42: "ERROR_REASON_NOT_AUTHENTICATED",
+		43: "ERROR_REASON_IDENTITY_UNAVAILABLE",
 		35: "ERROR_REASON_INTERNAL",
 	}
 	ErrorReason_value = map[string]int32{
@@ -220,6 +230,9 @@ var (
 		"ERROR_REASON_BATCH_TOO_LARGE":        52,
 		"ERROR_REASON_PROMPT_REFUSED":         53,
 		"ERROR_REASON_IMAGE_WITHHELD":         54,
+		"ERROR_REASON_QUOTA_EXCEEDED":         41,
+		"ERROR_REASON_NOT_AUTHENTICATED":      42,
+		"ERROR_REASON_IDENTITY_UNAVAILABLE":   43,
 		"ERROR_REASON_INTERNAL":               35,
 	}
 )
@@ -256,7 +269,7 @@ var File_mooring_v1_errors_proto protoreflect.FileDescriptor
 const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\n" +
 	"\x17mooring/v1/errors.proto\x12\n" +
-	"mooring.v1*\xc7\f\n" +
+	"mooring.v1*\xb3\r\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1d\n" +
@@ -303,7 +316,10 @@ const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\x1cERROR_REASON_BATCH_NOT_VALID\x103\x12 \n" +
 	"\x1cERROR_REASON_BATCH_TOO_LARGE\x104\x12\x1f\n" +
 	"\x1bERROR_REASON_PROMPT_REFUSED\x105\x12\x1f\n" +
-	"\x1bERROR_REASON_IMAGE_WITHHELD\x106\x12\x19\n" +
+	"\x1bERROR_REASON_IMAGE_WITHHELD\x106\x12\x1f\n" +
+	"\x1bERROR_REASON_QUOTA_EXCEEDED\x10)\x12\"\n" +
+	"\x1eERROR_REASON_NOT_AUTHENTICATED\x10*\x12%\n" +
+	"!ERROR_REASON_IDENTITY_UNAVAILABLE\x10+\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10#b\x06proto3"
 
 var (

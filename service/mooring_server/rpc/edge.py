@@ -1,4 +1,7 @@
-"""The outermost interceptor: identity, errors, metrics and the canonical log line of every call.
+"""The outermost interceptor: admission, errors, metrics and the canonical log line of every call.
+
+A call is admitted in an order that tells a stranger nothing: identity, then the role's permission, then the
+tenant's rate, then whether the server is ready; only then does the handler look anything up.
 
 One place on purpose: only here is it known how a call really ended. grpc.aio tells by exceptions alone:
 `AbortError` (an `Exception`; the status is already set on the context), `CancelledError` (the peer left, its
@@ -21,8 +24,11 @@ import grpc.aio
 import structlog
 
 from mooring_server.errors import MooringError, Reason
-from mooring_server.rpc import status
-from mooring_server.rpc.caller import CALLER, LOCAL_TENANT, Caller
+from mooring_server.rpc import permissions, status
+from mooring_server.rpc.caller import CALLER, Caller
+from mooring_server.rpc.identity import Authenticator
+from mooring_server.rpc.permissions import Permission, Rule
+from mooring_server.rpc.quotas import Quotas
 from mooring_server.telemetry.logs import get_logger
 from mooring_server.telemetry.metrics import Metrics
 
@@ -81,12 +87,32 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Access:
+    """Who may call what, and how often.
+
+    Attributes:
+        authenticator: finds the identity behind a call.
+        quotas: count calls.
+        rule_of: what "package.Service/Method" needs; None refuses it to everybody.
+    """
+
+    authenticator: Authenticator
+    quotas: Quotas
+    rule_of: Callable[[str], Rule | None]
+
+
+@dataclass(frozen=True)
 class _Call:
     """A method as metrics and logs name it."""
 
     shape: str
     service: str
     method: str
+
+    @property
+    def name(self) -> str:
+        """As `permissions.RULES` names it."""
+        return f"{self.service}/{self.method}"
 
     @property
     def quiet(self) -> bool:
@@ -100,11 +126,13 @@ class EdgeInterceptor(_ServerInterceptor):
     Args:
         metrics: where the gRPC trio is counted.
         gate: refuses calls until the base is resident.
+        access: who may call what.
     """
 
-    def __init__(self, metrics: Metrics, gate: Gate) -> None:
+    def __init__(self, metrics: Metrics, gate: Gate, access: Access) -> None:
         self._metrics = metrics
         self._gate = gate
+        self._access = access
 
     async def intercept_service(
         self,
@@ -141,13 +169,24 @@ class EdgeInterceptor(_ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
+    async def _admit(self, call: _Call, context: Context, request_id: str) -> None:
+        """Let a call pass or refuse it; see the module for the order."""
+        rule = self._access.rule_of(call.name)
+        if rule is None or rule.permission is not Permission.OPEN:
+            identity = await self._access.authenticator.identify(context)
+            structlog.contextvars.bind_contextvars(
+                tenant=identity.tenant, role=identity.role.value, credential=identity.subject
+            )
+            CALLER.set(Caller(identity, request_id, permissions.require(identity.role, rule)))
+            if not call.quiet:
+                self._access.quotas.take_call(identity.tenant)
+        if not call.quiet:
+            self._gate.require_ready()
+
     async def _observe(self, call: _Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
-        caller = Caller(LOCAL_TENANT, _request_id(context))
-        CALLER.set(caller)
+        request_id = _request_id(context)
         structlog.contextvars.clear_contextvars()
-        structlog.contextvars.bind_contextvars(
-            request_id=caller.request_id, tenant=caller.tenant, method=f"{call.service}/{call.method}"
-        )
+        structlog.contextvars.bind_contextvars(request_id=request_id, method=call.name)
         labels = (call.shape, call.service, call.method)
         code, reason, started = grpc.StatusCode.OK, "", time.perf_counter()
         self._metrics.started.labels(*labels).inc()
@@ -155,9 +194,8 @@ class EdgeInterceptor(_ServerInterceptor):
             self._gate.enter()
             self._metrics.in_flight.inc()
         try:
-            context.set_trailing_metadata((("x-request-id", caller.request_id),))
-            if not call.quiet:
-                self._gate.require_ready()
+            context.set_trailing_metadata((("x-request-id", request_id),))
+            await self._admit(call, context, request_id)
             answer = await run()
             code = _set_code(context)
         except asyncio.CancelledError:
@@ -168,7 +206,7 @@ class EdgeInterceptor(_ServerInterceptor):
             raise
         except MooringError as error:
             code, reason = status.grpc_code(error), error.reason.value
-            await _abort(context, error, caller)
+            await _abort(context, error, request_id)
         except Exception as failure:
             if context.done():  # the peer left while we were sending to it
                 code = _cancel_code(context)
@@ -177,10 +215,10 @@ class EdgeInterceptor(_ServerInterceptor):
             log.exception("unexpected error", error_type=type(failure).__name__)
             hidden = MooringError(
                 Reason.INTERNAL,
-                f"The server failed on request {caller.request_id}.",
+                f"The server failed on request {request_id}.",
                 remedy="Please report it with that id; the server's log has the cause.",
             )
-            await _abort(context, hidden, caller)
+            await _abort(context, hidden, request_id)
         else:
             return answer
         finally:
@@ -217,11 +255,9 @@ async def _send(result: Any, context: Context) -> None:
             await close()
 
 
-async def _abort(context: Context, error: MooringError, caller: Caller) -> NoReturn:
+async def _abort(context: Context, error: MooringError, request_id: str) -> NoReturn:
     await context.abort(
-        status.grpc_code(error),
-        status.message_of(error),
-        status.trailing_metadata(error, caller.request_id),
+        status.grpc_code(error), status.message_of(error), status.trailing_metadata(error, request_id)
     )
 
 

@@ -61,8 +61,9 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
     """Check a request and load its adapter. Blocking: call it off the event loop.
 
     Raises:
-        MooringError: whatever is wrong with the request or its adapter.
+        MooringError: whatever is wrong with the request or its adapter; QUOTA_EXCEEDED for device time.
     """
+    require_device_time(runtime, tenant)
     for field, text in (("prompt", message.prompt), ("negative_prompt", message.negative_prompt)):
         if len(text) > MAX_PROMPT_CHARACTERS:
             problem = f"has {len(text)} characters; at most {MAX_PROMPT_CHARACTERS} are read"
@@ -181,25 +182,32 @@ async def draw(
         deadline: see `deadline_of`.
 
     Raises:
-        MooringError: QUEUE_FULL, DRAINING, DEADLINE_EXCEEDED, or what the engine's task failed with.
+        MooringError: QUEUE_FULL, QUOTA_EXCEEDED for the tenant's queue depth, DRAINING, DEADLINE_EXCEEDED, or
+            what the engine's task failed with.
     """
     inbox = _Inbox()
-    # Tokenizing for the engine's own check takes milliseconds: off the event loop with it.
-    handle = await asyncio.to_thread(
-        runtime.engine.generate,
-        prepared.request,
-        inbox.post_from_thread,
-        klass=klass,
-        tenant=tenant,
-        deadline=deadline,
-    )
-    handle.add_done_callback(inbox.end_from_thread)
-    try:
-        async for event in inbox.events():
-            yield event
-        handle.result(0)
-    finally:
-        handle.cancel()
+    with runtime.quotas.queued(tenant):
+        # Tokenizing for the engine's own check takes milliseconds: off the event loop with it.
+        handle = await asyncio.to_thread(
+            runtime.engine.generate,
+            prepared.request,
+            inbox.post_from_thread,
+            klass=klass,
+            tenant=tenant,
+            deadline=deadline,
+        )
+        handle.add_done_callback(inbox.end_from_thread)
+        try:
+            async for event in inbox.events():
+                yield event
+            handle.result(0)
+        finally:
+            handle.cancel()
+
+
+def require_device_time(runtime: Runtime, tenant: str) -> None:
+    """Refuse new device work of a tenant whose day is used up. Blocks. Raises QUOTA_EXCEEDED."""
+    runtime.device_time.require(tenant, runtime.settings.quota_of(tenant).device_seconds_per_day)
 
 
 class _Inbox:

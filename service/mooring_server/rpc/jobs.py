@@ -41,7 +41,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
         """See the contract."""
         del context
-        tenant = names.check_parent(caller.tenant(), request.parent)
+        tenant = names.check_parent(caller.tenant(), request.parent, anywhere=caller.anywhere())
         _check_enum(pb.JobKind, request.kind, "kind")
         _check_enum(pb.JobState, request.state, "state")
         state = pb.JobState.Name(request.state).removeprefix("JOB_STATE_")
@@ -58,7 +58,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
         """See the contract."""
         del context
-        where = names.resolve_job(caller.tenant(), request.name)
+        where = names.resolve_job(caller.tenant(), request.name, anywhere=caller.anywhere())
         record = await asyncio.to_thread(self._runtime().store.request_cancel, where.tenant, where.id)
         return pb.CancelJobResponse(job=convert.job(record))
 
@@ -139,7 +139,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
             yield pb.DownloadArtifactResponse(chunk=chunk)
 
     async def _job(self, name: str) -> Job:
-        where = names.resolve_job(caller.tenant(), name)
+        where = names.resolve_job(caller.tenant(), name, anywhere=caller.anywhere())
         return await asyncio.to_thread(self._runtime().store.get_job, where.tenant, where.id)
 
 

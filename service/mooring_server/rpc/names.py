@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mooring_server.config import TENANT
 from mooring_server.errors import FieldViolation, MooringError, Reason
 
 NOBODY = ""
@@ -17,7 +18,7 @@ NOBODY = ""
 OWN = "-"
 """In a name: the caller's own tenant."""
 
-_TENANT = r"(?P<tenant>-|[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)"
+_TENANT = rf"(?P<tenant>-|{TENANT.pattern})"
 _ID = r"[a-z](?:[a-z0-9-]{0,62})"
 _ID_RE = re.compile(_ID)
 _PARENT_RE = re.compile(rf"tenants/{_TENANT}")
@@ -55,8 +56,14 @@ def job(tenant: str, job_id: str) -> str:
     return f"tenants/{tenant}/jobs/{job_id}"
 
 
-def check_parent(caller: str, value: str, field: str = "parent") -> str:
+def check_parent(caller: str, value: str, field: str = "parent", *, anywhere: bool = False) -> str:
     """The caller's tenant when `value` is empty or names it.
+
+    Args:
+        caller: the calling tenant.
+        value: the parent's name.
+        field: what to call it in errors.
+        anywhere: let any tenant be named; see `caller.anywhere`.
 
     Raises:
         MooringError: BAD_RESOURCE_NAME; NOT_ALLOWED for any other tenant, whether or not it exists.
@@ -64,6 +71,8 @@ def check_parent(caller: str, value: str, field: str = "parent") -> str:
     if not value:
         return caller
     match = _match(_PARENT_RE, value, field, "tenants/{tenant}")
+    if anywhere and match["tenant"] != OWN:
+        return match["tenant"]
     if match["tenant"] not in {OWN, caller}:
         raise MooringError(
             Reason.NOT_ALLOWED,
@@ -79,10 +88,11 @@ def resolve_subject(caller: str, value: str, field: str = "name") -> Resolved:
     return Resolved(_tenant(caller, match), match["id"])
 
 
-def resolve_job(caller: str, value: str, field: str = "name") -> Resolved:
-    """Parse a job's name. Raises BAD_RESOURCE_NAME."""
+def resolve_job(caller: str, value: str, field: str = "name", *, anywhere: bool = False) -> Resolved:
+    """Parse a job's name; `anywhere` as in `check_parent`. Raises BAD_RESOURCE_NAME."""
     match = _match(_JOB_RE, value, field, "tenants/{tenant}/jobs/{job}")
-    return Resolved(_tenant(caller, match), match["id"])
+    named = match["tenant"] if anywhere and match["tenant"] != OWN else _tenant(caller, match)
+    return Resolved(named, match["id"])
 
 
 def resolve_adapter(caller: str, value: str, field: str = "name") -> Resolved:

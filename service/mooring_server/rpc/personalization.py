@@ -18,7 +18,7 @@ from mooring_server.engine.tiers.host import require_base
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.jobs.photos import MAX_PHOTO_BYTES
-from mooring_server.rpc import caller, convert, generation, images, names, status
+from mooring_server.rpc import caller, convert, generation, images, names, quotas, status
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
@@ -158,7 +158,7 @@ async def _batch_results(
             break
         except MooringError as error:
             # A full queue means that other calls are ahead: this one waits its turn rather than fail.
-            if error.reason is not Reason.QUEUE_FULL:
+            if not quotas.is_queue_full(error):
                 raise
             pause = next(pauses, pause)
             await asyncio.sleep(pause)
@@ -189,6 +189,7 @@ def _check_batch_id(value: str, unfinished: set[str]) -> None:
 def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
     """Check everything that can be known before a job starts, then queue it. Blocking."""
     names.check_parent(tenant, request.parent)
+    generation.require_device_time(runtime, tenant)
     where = names.resolve_subject(tenant, request.subject, "subject")
     subject = runtime.store.get_subject(where.tenant, where.id)
     _require_photos(subject)
@@ -220,6 +221,7 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
 def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job:
     """As `_train`. Blocking."""
     names.check_parent(tenant, request.parent)
+    generation.require_device_time(runtime, tenant)
     if not runtime.judges_available:
         raise MooringError(
             Reason.JUDGES_NOT_AVAILABLE,

@@ -14,6 +14,7 @@ from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.rpc.edge import Gate
+from mooring_server.rpc.quotas import DeviceTime, Quotas
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
 from mooring_server.telemetry.metrics import Metrics
@@ -24,6 +25,8 @@ class Runtime:
     """The parts of a running server.
 
     Attributes:
+        quotas: rates and queue depths of tenants.
+        device_time: engine time of tenants.
         base_name: the base model's name to show.
         judges_available: whether evaluation jobs can run.
         prompts: what evaluations draw that name nothing.
@@ -40,6 +43,8 @@ class Runtime:
     engine: Engine
     adapters: AdapterTiers
     decoders: DecoderPool
+    quotas: Quotas
+    device_time: DeviceTime
     base_name: str
     judges_available: bool
     prompts: PromptSets

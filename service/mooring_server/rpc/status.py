@@ -6,6 +6,7 @@ input can make long is cut here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import grpc
@@ -20,7 +21,13 @@ PUSHBACK_KEY = "grpc-retry-pushback-ms"
 MAX_DETAILS_BYTES = 4096
 _MAX_MESSAGE = 600
 _MAX_TEXT = 300
-_RETRY_MILLISECONDS: Mapping[Reason, int] = {Reason.DRAINING: 1000, Reason.QUEUE_FULL: 2000}
+_RETRY_MILLISECONDS: Mapping[Reason, int] = {
+    Reason.DRAINING: 1000,
+    Reason.QUEUE_FULL: 2000,
+    Reason.IDENTITY_UNAVAILABLE: 2000,
+}
+_NEVER = -1
+"""As push-back: do not repeat the call."""
 
 _CODES = {code: grpc.StatusCode[code.value] for code in Code}
 
@@ -40,6 +47,8 @@ def to_status(error: MooringError, request_id: str = "") -> status_pb2.Status:
         request_id: of the failing call, repeated in ErrorInfo so that it can be found in the log.
     """
     metadata = {key: _clip(value, _MAX_TEXT) for key, value in error.metadata.items()}
+    if error.code is Code.RESOURCE_EXHAUSTED:
+        metadata.setdefault("scope", "server")
     if error.remedy:
         metadata["remedy"] = _clip(error.remedy, _MAX_TEXT)
     if request_id:
@@ -47,8 +56,8 @@ def to_status(error: MooringError, request_id: str = "") -> status_pb2.Status:
     status = status_pb2.Status(code=grpc_code(error).value[0], message=_clip(str(error), _MAX_MESSAGE))
     info = error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=metadata)
     status.details.append(_pack(info))
-    delay = _RETRY_MILLISECONDS.get(error.reason)
-    if delay is not None:
+    delay = _pushback(error)
+    if delay is not None and delay != _NEVER:
         pause = duration_pb2.Duration()
         pause.FromMilliseconds(delay)
         status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=pause)))
@@ -63,10 +72,17 @@ def trailing_metadata(error: MooringError, request_id: str) -> Metadata:
         (DETAILS_KEY, to_status(error, request_id).SerializeToString()),
         ("x-request-id", request_id),
     ]
-    delay = _RETRY_MILLISECONDS.get(error.reason)
+    delay = _pushback(error)
     if delay is not None:
         metadata.append((PUSHBACK_KEY, str(delay)))
     return tuple(metadata)
+
+
+def _pushback(error: MooringError) -> int | None:
+    """Milliseconds until a repeat makes sense, rounded up; None when nothing is known."""
+    if error.retry_after is None:
+        return _RETRY_MILLISECONDS.get(error.reason)
+    return _NEVER if math.isinf(error.retry_after) else math.ceil(error.retry_after * 1000)
 
 
 def message_of(error: MooringError) -> str:

@@ -65,7 +65,7 @@ class Adapters(Jobs):
 
         Raises:
             LeaseLostError: the job is no longer this runner's.
-            MooringError: REQUEST_ID_REUSED.
+            MooringError: REQUEST_ID_REUSED; QUOTA_EXCEEDED for an import (a job's was counted when it began).
         """
         with self.writing() as connection:
             payload = [adapter_id, digest, base_digest, class_noun, placeholder, rights]
@@ -74,6 +74,8 @@ class Adapters(Jobs):
             )
             if made_before:
                 return _adapter(self._one(connection, tenant, adapter_id, object_key=made_before))
+            if job_id is None:
+                self.require_room(connection, tenant, adapters=1, size_bytes=size_bytes)
             job = None if job_id is None else self._held(connection, tenant, job_id, lease)
             heads = schema.adapter_heads
             bump = self.upsert(heads).values(tenant=tenant, adapter_id=adapter_id, last_version=1)

@@ -21,15 +21,16 @@ from sqlalchemy import Connection, Row, and_, func, null, or_, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
-from mooring_server.storage.database import Database, insert_row, new_id
+from mooring_server.storage.database import insert_row, new_id
 from mooring_server.storage.models import FINAL_STATES, Document, Job, JobEvent, JobState, Lease
+from mooring_server.storage.usage import Usage
 
 log = logging.getLogger(__name__)
 
 MAX_EVENTS = 1000
 
 
-class Jobs(Database):
+class Jobs(Usage):
     """Job rows and their events."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
@@ -48,7 +49,7 @@ class Jobs(Database):
             request_id: makes the call idempotent: the same request gives the job it made before.
 
         Raises:
-            MooringError: REQUEST_ID_REUSED.
+            MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
         """
         job_id = new_id()
         with self.writing() as connection:
@@ -57,6 +58,7 @@ class Jobs(Database):
             )
             if made_before:
                 return _job(self._job_row(connection, tenant, made_before))
+            self.require_room(connection, tenant, jobs=1, adapters=int(kind == "train"))
             now = self.now(connection)
             values = {
                 "tenant": tenant,

@@ -57,6 +57,32 @@ requests = Table(
     comment="Idempotency: what a request_id made, and from which payload.",
 )
 
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _number(),
+    Column("key_id", _ID, nullable=False, unique=True),
+    Column("tenant", _ID, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("secret_hash", LargeBinary, nullable=False),
+    Column("create_time", Double, nullable=False),
+    Column("expire_time", Double),
+    Column("revoke_time", Double),
+    Index("api_keys_by_tenant", "tenant", "number"),
+    sqlite_autoincrement=True,
+    comment="API keys by their public id; of the secret only its hash.",
+)
+
+device_use = Table(
+    "device_use",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("day", Integer, primary_key=True),
+    Column("seconds", Double, nullable=False),
+    comment="Engine time by tenant and UTC day (days since the epoch), of all replicas.",
+)
+
 subjects = Table(
     "subjects",
     metadata,

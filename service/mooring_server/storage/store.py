@@ -1,4 +1,4 @@
-"""The store: subjects, jobs and adapters of all tenants in one database.
+"""The store: subjects, jobs, adapters and API keys of all tenants in one database.
 
 Synchronous and thread-safe; an asyncio caller wraps calls in `asyncio.to_thread`. Every method names the
 tenant first and sees only that tenant's rows: what belongs to another looks like what does not exist.
@@ -7,8 +7,9 @@ tenant first and sees only that tenant's rows: what belongs to another looks lik
 from __future__ import annotations
 
 from mooring_server.storage.adapters import Adapters
+from mooring_server.storage.keys import Keys
 from mooring_server.storage.subjects import Subjects
 
 
-class Store(Subjects, Adapters):
+class Store(Subjects, Adapters, Keys):
     """Everything that is kept in SQL; `Store(url)` opens it and creates missing tables."""

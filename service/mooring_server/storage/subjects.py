@@ -10,14 +10,15 @@ from sqlalchemy.exc import IntegrityError
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.storage import schema
-from mooring_server.storage.database import Database, check_text, insert_row, new_id
+from mooring_server.storage.database import check_text, insert_row, new_id
 from mooring_server.storage.models import Document, NewPhoto, Photo, Subject
+from mooring_server.storage.usage import Usage
 
 MAX_PHOTOS = 100
 _MAX_NAME = 200
 
 
-class Subjects(Database):
+class Subjects(Usage):
     """Subject rows. Photo bytes are in the object store before their rows are added here."""
 
     def create_subject(
@@ -134,7 +135,7 @@ class Subjects(Database):
             One row per given photo, in the given order, and how many of them are new.
 
         Raises:
-            MooringError: SUBJECT_NOT_FOUND, TOO_MANY_PHOTOS or REQUEST_ID_REUSED.
+            MooringError: SUBJECT_NOT_FOUND, TOO_MANY_PHOTOS, QUOTA_EXCEEDED or REQUEST_ID_REUSED.
         """
         payload = [subject_id, [photo.sha256 for photo in photos]]
         with self.writing() as connection:
@@ -144,6 +145,8 @@ class Subjects(Database):
             )
             known = {photo.sha256: photo for photo in self._photos(connection, tenant, subject_id)}
             now, position, before = self.now(connection), subject.next_position, len(known)
+            sizes = {photo.sha256: photo.size_bytes for photo in photos if photo.sha256 not in known}
+            self.require_room(connection, tenant, size_bytes=sum(sizes.values()))
             for photo in photos:
                 if photo.sha256 in known:
                     continue

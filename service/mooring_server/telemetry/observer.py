@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 from mooring_server.telemetry.metrics import Metrics
@@ -12,10 +13,12 @@ class MetricsObserver:
 
     Args:
         metrics: where to count.
+        account: takes a tenant and the seconds that it used the device.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, account: Callable[[str, float], None] | None = None) -> None:
         self._metrics = metrics
+        self._account = account
         self._prompts = 0, 0
 
     def tick(self, klass: IntEnum, seconds: float) -> None:
@@ -38,7 +41,8 @@ class MetricsObserver:
 
     def used(self, klass: IntEnum, tenant: str, seconds: float) -> None:
         """A tenant's task used the device for so long; tenants are no labels, so only classes are counted."""
-        del tenant
+        if self._account is not None:
+            self._account(tenant, seconds)
         self._metrics.device_seconds.labels(klass.name.lower()).inc(seconds)
 
     def prompts(self, queries: int, hits: int, kept: int) -> None:

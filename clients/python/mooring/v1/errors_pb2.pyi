@@ -116,6 +116,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the content policy refuses the prompt; metadata holds `category`."""
     ERROR_REASON_IMAGE_WITHHELD: _ErrorReason.ValueType  # 54
     """FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 41
+    """RESOURCE_EXHAUSTED: the tenant's share is used up; metadata `cause` names the limit, `scope` whose it is, `limit`
+    and `used` the figures. With `RetryInfo` where waiting helps.
+    """
+    ERROR_REASON_NOT_AUTHENTICATED: _ErrorReason.ValueType  # 42
+    """UNAUTHENTICATED: there is no credential, or none that is valid; what is wrong with it is in the server's log alone."""
+    ERROR_REASON_IDENTITY_UNAVAILABLE: _ErrorReason.ValueType  # 43
+    """UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -220,6 +228,14 @@ ERROR_REASON_PROMPT_REFUSED: ErrorReason.ValueType  # 53
 """INVALID_ARGUMENT: the content policy refuses the prompt; metadata holds `category`."""
 ERROR_REASON_IMAGE_WITHHELD: ErrorReason.ValueType  # 54
 """FAILED_PRECONDITION: the image was drawn and the content policy withholds it; metadata holds `category`."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 41
+"""RESOURCE_EXHAUSTED: the tenant's share is used up; metadata `cause` names the limit, `scope` whose it is, `limit`
+and `used` the figures. With `RetryInfo` where waiting helps.
+"""
+ERROR_REASON_NOT_AUTHENTICATED: ErrorReason.ValueType  # 42
+"""UNAUTHENTICATED: there is no credential, or none that is valid; what is wrong with it is in the server's log alone."""
+ERROR_REASON_IDENTITY_UNAVAILABLE: ErrorReason.ValueType  # 43
+"""UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
