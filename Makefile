@@ -80,8 +80,8 @@ format: $(STAMP) ## let ruff fix what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the table of drift against budget (hours on 2 cores; see benchmarks/)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.budget
+bench: ## list the benchmarks, and how to run each
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks
 
 proto: $(STAMP) ## generate the Python and Go stubs from proto/
 	$(BIN)/python -m tools.protos generate

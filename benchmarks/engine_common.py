@@ -43,7 +43,10 @@ def options_for(description: str | None) -> argparse.ArgumentParser:
 
 
 def require_device(options: argparse.Namespace) -> None:
-    """Set torch up; end the program where the device is not there."""
+    """Set torch up, and silence the peers' advice; end the program where the device is not there."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: PyTorch finds no CUDA device here")

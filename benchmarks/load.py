@@ -61,12 +61,12 @@ from benchmarks.trace import Arrival, trace
 SLOTS = 32
 RANK = 4
 STEPS = (8, 12, 20, 25)
-LEVELS = (0.4, 0.55, 0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+LEVELS = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Offered load, as multiples of what hotswap makes at saturation."""
 BOUND = 8.0
 """p99 that a system survives, in images' time of hotswap at saturation."""
-STRETCH = 96
-"""Images' time that a load is offered for: 12 bounds, so that 10 % too much load is seen."""
+STRETCH = 32
+"""Images' time that a load is offered for: 4 bounds, so that a quarter too much load is seen."""
 GOAL = 3.0
 
 

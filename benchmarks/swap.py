@@ -133,9 +133,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row]:
     with torch.no_grad():
         systems = _systems(base, bank, adapters, packed, inputs)
         gate(systems, TOLERANCE[options.dtype])
-        found = _race(systems, options)
-        copy = _copying(bank, packed)
-        found |= raced({"copy": copy}, options.device, seconds=0.2)
+        found = _race(systems, _copying(bank, packed), options)
         rows = list(_rows(f"{name} r{options.rank}", found, options.device))
         systems.clear()  # the peers' adapters
         rows.append(_memory(name, base, bank, packed, inputs, options))
@@ -228,9 +226,11 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def _race(systems: Mapping[str, System], options: argparse.Namespace) -> dict[str, float]:
-    """Seconds by "system" (the swap) and "system, step" (swap and step), in turns."""
-    runs: dict[str, Callable[[], object]] = {}
+def _race(
+    systems: Mapping[str, System], copy: Callable[[], object], options: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds by "system" (the swap) and "system, step" (swap and step), and of "copy", in turns."""
+    runs: dict[str, Callable[[], object]] = {"copy": copy}
     for name, system in systems.items():
         turn = itertools.cycle(range(ADAPTERS))
         if system.swap is not None:
