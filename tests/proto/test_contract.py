@@ -12,6 +12,7 @@ from mooring.v1 import (
     adapter_pb2,
     errors_pb2,
     evaluation_pb2,
+    gate_pb2,
     job_pb2,
     media_pb2,
     personalization_pb2,
@@ -26,6 +27,7 @@ MODULES = (
     adapter_pb2,
     errors_pb2,
     evaluation_pb2,
+    gate_pb2,
     job_pb2,
     media_pb2,
     personalization_pb2,
@@ -170,6 +172,8 @@ def test_every_resource_has_the_pattern_of_its_name_field():
     assert resources == {
         "Subject": "tenants/{tenant}/subjects/{subject}",
         "Adapter": "tenants/{tenant}/adapters/{adapter}@{version}",
+        "GatePolicy": "tenants/{tenant}/gatePolicy",
+        "GateDecision": "tenants/{tenant}/gateDecisions/{gate_decision}",
         "Job": "tenants/{tenant}/jobs/{job}",
     }
 

@@ -91,7 +91,7 @@ def test_deleting_a_version_leaves_the_others_and_its_number_is_not_given_again(
     assert again.reason == "ADAPTER_NOT_FOUND"
 
 
-@pytest.mark.parametrize("bad", ["plain", "plain@0", "plain@x", "p@1@2", "Plain", ""])
+@pytest.mark.parametrize("bad", ["plain", "plain@0", "plain@-x", "p@1@2", "Plain", ""])
 def test_bad_names(stubs, bad):
     name = bad if bad == "plain" else f"tenants/-/adapters/{bad}"
     for call in (get, export):

@@ -10,6 +10,7 @@ import (
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	fieldmaskpb "google.golang.org/protobuf/types/known/fieldmaskpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -175,7 +176,13 @@ type Adapter struct {
 	// When the version was published.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Where an imported adapter came from. Absent for one that was trained here.
-	Source        *ImportSource `protobuf:"bytes,16,opt,name=source,proto3" json:"source,omitempty"`
+	Source *ImportSource `protobuf:"bytes,16,opt,name=source,proto3" json:"source,omitempty"`
+	// When the version was deleted. Absent for one that exists; one that was deleted cannot be used, and its file is gone.
+	DeleteTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=delete_time,json=deleteTime,proto3" json:"delete_time,omitempty"`
+	// The aliases that point to it, such as "live", in the order of their names.
+	Aliases []string `protobuf:"bytes,18,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	// The gate's newest decision about it. Absent when it was never to be published.
+	GateDecision  *GateDecision `protobuf:"bytes,19,opt,name=gate_decision,json=gateDecision,proto3" json:"gate_decision,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -318,6 +325,27 @@ func (x *Adapter) GetCreateTime() *timestamppb.Timestamp {
 func (x *Adapter) GetSource() *ImportSource {
 	if x != nil {
 		return x.Source
+	}
+	return nil
+}
+
+func (x *Adapter) GetDeleteTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DeleteTime
+	}
+	return nil
+}
+
+func (x *Adapter) GetAliases() []string {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
+func (x *Adapter) GetGateDecision() *GateDecision {
+	if x != nil {
+		return x.GateDecision
 	}
 	return nil
 }
@@ -645,8 +673,11 @@ func (x *Certificate) GetDriftBudget() float64 {
 // Request of AdapterService.GetAdapter.
 type GetAdapterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for the newest version.
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place, or without
+	// either for the newest version.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Return a version that was deleted, with its `delete_time`, rather than NOT_FOUND. Default: false.
+	ShowDeleted   bool `protobuf:"varint,2,opt,name=show_deleted,json=showDeleted,proto3" json:"show_deleted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -686,6 +717,13 @@ func (x *GetAdapterRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *GetAdapterRequest) GetShowDeleted() bool {
+	if x != nil {
+		return x.ShowDeleted
+	}
+	return false
 }
 
 // Response of AdapterService.GetAdapter.
@@ -742,7 +780,9 @@ type ListAdaptersRequest struct {
 	// At most this many versions, 0 to 1,000 (more is taken as 1,000). Default (0): 50.
 	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// `next_page_token` of the preceding page. Default: the first page.
-	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// List versions that were deleted too, with their `delete_time`. Default: false.
+	ShowDeleted   bool `protobuf:"varint,4,opt,name=show_deleted,json=showDeleted,proto3" json:"show_deleted,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -796,6 +836,13 @@ func (x *ListAdaptersRequest) GetPageToken() string {
 		return x.PageToken
 	}
 	return ""
+}
+
+func (x *ListAdaptersRequest) GetShowDeleted() bool {
+	if x != nil {
+		return x.ShowDeleted
+	}
+	return false
 }
 
 // Response of AdapterService.ListAdapters.
@@ -856,7 +903,8 @@ func (x *ListAdaptersResponse) GetNextPageToken() string {
 // Request of AdapterService.DeleteAdapter.
 type DeleteAdapterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for all versions.
+	// `tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for all versions: all or, when an alias
+	// points to one of them, none.
 	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -939,7 +987,8 @@ func (*DeleteAdapterResponse) Descriptor() ([]byte, []int) {
 // Request of AdapterService.ExportAdapter.
 type ExportAdapterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// `tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for the newest version.
+	// `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place, or without
+	// either for the newest version.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The files to write. Default: NATIVE.
 	Format        AdapterFormat `protobuf:"varint,2,opt,name=format,proto3,enum=mooring.v1.AdapterFormat" json:"format,omitempty"`
@@ -1322,6 +1371,912 @@ func (x *ImportAdapterResponse) GetAdapter() *Adapter {
 	return nil
 }
 
+// Request of AdapterService.PublishAdapter.
+type PublishAdapterRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The version to publish, `tenants/{tenant}/adapters/{adapter}@{version}`; an alias or the bare name stands for the
+	// version that it means now.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The alias to move: 1 to 63 lower-case letters, digits and hyphens, starting with a letter. Made when it does not
+	// exist. Default: "live".
+	Alias string `protobuf:"bytes,2,opt,name=alias,proto3" json:"alias,omitempty"`
+	// Only tell what the gate would decide: no alias is moved and no decision kept. A refusal is an error all the same.
+	// Default: false.
+	ValidateOnly bool `protobuf:"varint,3,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
+	// A UUID that makes the call safe to repeat: a second call with the same id and contents returns the first call's
+	// answer. A refused call is not remembered: repeated, it is decided anew.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishAdapterRequest) Reset() {
+	*x = PublishAdapterRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishAdapterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishAdapterRequest) ProtoMessage() {}
+
+func (x *PublishAdapterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishAdapterRequest.ProtoReflect.Descriptor instead.
+func (*PublishAdapterRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *PublishAdapterRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PublishAdapterRequest) GetAlias() string {
+	if x != nil {
+		return x.Alias
+	}
+	return ""
+}
+
+func (x *PublishAdapterRequest) GetValidateOnly() bool {
+	if x != nil {
+		return x.ValidateOnly
+	}
+	return false
+}
+
+func (x *PublishAdapterRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Response of AdapterService.PublishAdapter.
+type PublishAdapterResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias as this call left it. With `validate_only`, as the call would leave it.
+	Alias *AdapterAlias `protobuf:"bytes,1,opt,name=alias,proto3" json:"alias,omitempty"`
+	// The gate's decision. With `validate_only` it has no name.
+	Decision      *GateDecision `protobuf:"bytes,2,opt,name=decision,proto3" json:"decision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishAdapterResponse) Reset() {
+	*x = PublishAdapterResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishAdapterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishAdapterResponse) ProtoMessage() {}
+
+func (x *PublishAdapterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishAdapterResponse.ProtoReflect.Descriptor instead.
+func (*PublishAdapterResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *PublishAdapterResponse) GetAlias() *AdapterAlias {
+	if x != nil {
+		return x.Alias
+	}
+	return nil
+}
+
+func (x *PublishAdapterResponse) GetDecision() *GateDecision {
+	if x != nil {
+		return x.Decision
+	}
+	return nil
+}
+
+// Request of AdapterService.RollBackAdapter.
+type RollBackAdapterRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The adapter, `tenants/{tenant}/adapters/{adapter}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The alias to move back. Default: "live".
+	Alias string `protobuf:"bytes,2,opt,name=alias,proto3" json:"alias,omitempty"`
+	// A UUID that makes the call safe to repeat: a second call with the same id and contents returns the first call's
+	// answer rather than go further back.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollBackAdapterRequest) Reset() {
+	*x = RollBackAdapterRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollBackAdapterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollBackAdapterRequest) ProtoMessage() {}
+
+func (x *RollBackAdapterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollBackAdapterRequest.ProtoReflect.Descriptor instead.
+func (*RollBackAdapterRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RollBackAdapterRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RollBackAdapterRequest) GetAlias() string {
+	if x != nil {
+		return x.Alias
+	}
+	return ""
+}
+
+func (x *RollBackAdapterRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Response of AdapterService.RollBackAdapter.
+type RollBackAdapterResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias as this call left it.
+	Alias         *AdapterAlias `protobuf:"bytes,1,opt,name=alias,proto3" json:"alias,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RollBackAdapterResponse) Reset() {
+	*x = RollBackAdapterResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RollBackAdapterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RollBackAdapterResponse) ProtoMessage() {}
+
+func (x *RollBackAdapterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RollBackAdapterResponse.ProtoReflect.Descriptor instead.
+func (*RollBackAdapterResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RollBackAdapterResponse) GetAlias() *AdapterAlias {
+	if x != nil {
+		return x.Alias
+	}
+	return nil
+}
+
+// Request of AdapterService.DeleteAlias.
+type DeleteAliasRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The alias, `tenants/{tenant}/adapters/{adapter}@{alias}`.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteAliasRequest) Reset() {
+	*x = DeleteAliasRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteAliasRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteAliasRequest) ProtoMessage() {}
+
+func (x *DeleteAliasRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteAliasRequest.ProtoReflect.Descriptor instead.
+func (*DeleteAliasRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *DeleteAliasRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// Response of AdapterService.DeleteAlias.
+type DeleteAliasResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteAliasResponse) Reset() {
+	*x = DeleteAliasResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteAliasResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteAliasResponse) ProtoMessage() {}
+
+func (x *DeleteAliasResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteAliasResponse.ProtoReflect.Descriptor instead.
+func (*DeleteAliasResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{20}
+}
+
+// Request of AdapterService.ListAliases.
+type ListAliasesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `tenants/{tenant}`. Default: the caller's own tenant; no other is allowed.
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// Only the aliases of this adapter, `tenants/{tenant}/adapters/{adapter}`. Default: of all.
+	Adapter string `protobuf:"bytes,2,opt,name=adapter,proto3" json:"adapter,omitempty"`
+	// At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50.
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the preceding page. Default: the first page.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAliasesRequest) Reset() {
+	*x = ListAliasesRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAliasesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAliasesRequest) ProtoMessage() {}
+
+func (x *ListAliasesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAliasesRequest.ProtoReflect.Descriptor instead.
+func (*ListAliasesRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ListAliasesRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *ListAliasesRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
+func (x *ListAliasesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListAliasesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// Response of AdapterService.ListAliases.
+type ListAliasesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One page of aliases.
+	Aliases []*AdapterAlias `protobuf:"bytes,1,rep,name=aliases,proto3" json:"aliases,omitempty"`
+	// Token of the next page; empty on the last one.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAliasesResponse) Reset() {
+	*x = ListAliasesResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAliasesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAliasesResponse) ProtoMessage() {}
+
+func (x *ListAliasesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAliasesResponse.ProtoReflect.Descriptor instead.
+func (*ListAliasesResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ListAliasesResponse) GetAliases() []*AdapterAlias {
+	if x != nil {
+		return x.Aliases
+	}
+	return nil
+}
+
+func (x *ListAliasesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// Request of AdapterService.ListAliasMoves.
+type ListAliasMovesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The adapter, `tenants/{tenant}/adapters/{adapter}`, or with `@{alias}` one of its aliases. What was never published
+	// has an empty history.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50.
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the preceding page. Default: the first page.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAliasMovesRequest) Reset() {
+	*x = ListAliasMovesRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAliasMovesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAliasMovesRequest) ProtoMessage() {}
+
+func (x *ListAliasMovesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAliasMovesRequest.ProtoReflect.Descriptor instead.
+func (*ListAliasMovesRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ListAliasMovesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListAliasMovesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListAliasMovesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// Response of AdapterService.ListAliasMoves.
+type ListAliasMovesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One page of history.
+	Moves []*AliasMove `protobuf:"bytes,1,rep,name=moves,proto3" json:"moves,omitempty"`
+	// Token of the next page; empty on the last one.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAliasMovesResponse) Reset() {
+	*x = ListAliasMovesResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAliasMovesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAliasMovesResponse) ProtoMessage() {}
+
+func (x *ListAliasMovesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAliasMovesResponse.ProtoReflect.Descriptor instead.
+func (*ListAliasMovesResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ListAliasMovesResponse) GetMoves() []*AliasMove {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
+func (x *ListAliasMovesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// Request of AdapterService.GetGatePolicy.
+type GetGatePolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `tenants/{tenant}/gatePolicy`. Default: the caller's own; no other is allowed.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetGatePolicyRequest) Reset() {
+	*x = GetGatePolicyRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetGatePolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetGatePolicyRequest) ProtoMessage() {}
+
+func (x *GetGatePolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetGatePolicyRequest.ProtoReflect.Descriptor instead.
+func (*GetGatePolicyRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *GetGatePolicyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+// Response of AdapterService.GetGatePolicy.
+type GetGatePolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The policy in force.
+	Policy        *GatePolicy `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetGatePolicyResponse) Reset() {
+	*x = GetGatePolicyResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetGatePolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetGatePolicyResponse) ProtoMessage() {}
+
+func (x *GetGatePolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetGatePolicyResponse.ProtoReflect.Descriptor instead.
+func (*GetGatePolicyResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GetGatePolicyResponse) GetPolicy() *GatePolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+// Request of AdapterService.UpdateGatePolicy.
+type UpdateGatePolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The new values. `name` may be left empty for the caller's own; no other is allowed.
+	Policy *GatePolicy `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	// Which fields to take from `policy`; one that is named and not set there is no longer checked. "*" stands for all.
+	// Default: the fields that are set.
+	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
+	// Start from this preset rather than from the policy in force. Default: the policy in force.
+	Preset        GatePreset `protobuf:"varint,3,opt,name=preset,proto3,enum=mooring.v1.GatePreset" json:"preset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateGatePolicyRequest) Reset() {
+	*x = UpdateGatePolicyRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateGatePolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateGatePolicyRequest) ProtoMessage() {}
+
+func (x *UpdateGatePolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateGatePolicyRequest.ProtoReflect.Descriptor instead.
+func (*UpdateGatePolicyRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *UpdateGatePolicyRequest) GetPolicy() *GatePolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *UpdateGatePolicyRequest) GetUpdateMask() *fieldmaskpb.FieldMask {
+	if x != nil {
+		return x.UpdateMask
+	}
+	return nil
+}
+
+func (x *UpdateGatePolicyRequest) GetPreset() GatePreset {
+	if x != nil {
+		return x.Preset
+	}
+	return GatePreset_GATE_PRESET_UNSPECIFIED
+}
+
+// Response of AdapterService.UpdateGatePolicy.
+type UpdateGatePolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The policy in force now.
+	Policy        *GatePolicy `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateGatePolicyResponse) Reset() {
+	*x = UpdateGatePolicyResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateGatePolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateGatePolicyResponse) ProtoMessage() {}
+
+func (x *UpdateGatePolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateGatePolicyResponse.ProtoReflect.Descriptor instead.
+func (*UpdateGatePolicyResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *UpdateGatePolicyResponse) GetPolicy() *GatePolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+// Request of AdapterService.ListGateDecisions.
+type ListGateDecisionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `tenants/{tenant}`. Default: the caller's own tenant; no other is allowed.
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// Only decisions about this adapter, `tenants/{tenant}/adapters/{adapter}`, or this version of it, with
+	// `@{version}`. Default: about all.
+	Adapter string `protobuf:"bytes,2,opt,name=adapter,proto3" json:"adapter,omitempty"`
+	// At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50.
+	PageSize int32 `protobuf:"varint,3,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the preceding page. Default: the first page.
+	PageToken     string `protobuf:"bytes,4,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGateDecisionsRequest) Reset() {
+	*x = ListGateDecisionsRequest{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGateDecisionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGateDecisionsRequest) ProtoMessage() {}
+
+func (x *ListGateDecisionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGateDecisionsRequest.ProtoReflect.Descriptor instead.
+func (*ListGateDecisionsRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ListGateDecisionsRequest) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *ListGateDecisionsRequest) GetAdapter() string {
+	if x != nil {
+		return x.Adapter
+	}
+	return ""
+}
+
+func (x *ListGateDecisionsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListGateDecisionsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// Response of AdapterService.ListGateDecisions.
+type ListGateDecisionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One page of decisions.
+	Decisions []*GateDecision `protobuf:"bytes,1,rep,name=decisions,proto3" json:"decisions,omitempty"`
+	// Token of the next page; empty on the last one.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListGateDecisionsResponse) Reset() {
+	*x = ListGateDecisionsResponse{}
+	mi := &file_mooring_v1_adapter_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListGateDecisionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListGateDecisionsResponse) ProtoMessage() {}
+
+func (x *ListGateDecisionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_adapter_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListGateDecisionsResponse.ProtoReflect.Descriptor instead.
+func (*ListGateDecisionsResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_adapter_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListGateDecisionsResponse) GetDecisions() []*GateDecision {
+	if x != nil {
+		return x.Decisions
+	}
+	return nil
+}
+
+func (x *ListGateDecisionsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 // One adapted layer.
 type Certificate_Layer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1344,7 +2299,7 @@ type Certificate_Layer struct {
 
 func (x *Certificate_Layer) Reset() {
 	*x = Certificate_Layer{}
-	mi := &file_mooring_v1_adapter_proto_msgTypes[15]
+	mi := &file_mooring_v1_adapter_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1356,7 +2311,7 @@ func (x *Certificate_Layer) String() string {
 func (*Certificate_Layer) ProtoMessage() {}
 
 func (x *Certificate_Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_adapter_proto_msgTypes[15]
+	mi := &file_mooring_v1_adapter_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1429,7 +2384,7 @@ type Certificate_Attention struct {
 
 func (x *Certificate_Attention) Reset() {
 	*x = Certificate_Attention{}
-	mi := &file_mooring_v1_adapter_proto_msgTypes[16]
+	mi := &file_mooring_v1_adapter_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1441,7 +2396,7 @@ func (x *Certificate_Attention) String() string {
 func (*Certificate_Attention) ProtoMessage() {}
 
 func (x *Certificate_Attention) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_adapter_proto_msgTypes[16]
+	mi := &file_mooring_v1_adapter_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +2438,7 @@ var File_mooring_v1_adapter_proto protoreflect.FileDescriptor
 const file_mooring_v1_adapter_proto_rawDesc = "" +
 	"\n" +
 	"\x18mooring/v1/adapter.proto\x12\n" +
-	"mooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16mooring/v1/media.proto\x1a\x18mooring/v1/subject.proto\"\x9c\x06\n" +
+	"mooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15mooring/v1/gate.proto\x1a\x16mooring/v1/media.proto\x1a\x18mooring/v1/subject.proto\"\xc4\a\n" +
 	"\aAdapter\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12\x1e\n" +
 	"\aversion\x18\x02 \x01(\x05B\x04\xe2A\x01\x03R\aversion\x12\x1c\n" +
@@ -1507,7 +2462,11 @@ const file_mooring_v1_adapter_proto_rawDesc = "" +
 	"\vcertificate\x18\x0e \x01(\v2\x17.mooring.v1.CertificateB\x04\xe2A\x01\x03R\vcertificate\x12A\n" +
 	"\vcreate_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"createTime\x126\n" +
-	"\x06source\x18\x10 \x01(\v2\x18.mooring.v1.ImportSourceB\x04\xe2A\x01\x03R\x06source:Z\xeaAW\n" +
+	"\x06source\x18\x10 \x01(\v2\x18.mooring.v1.ImportSourceB\x04\xe2A\x01\x03R\x06source\x12A\n" +
+	"\vdelete_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
+	"deleteTime\x12\x1e\n" +
+	"\aaliases\x18\x12 \x03(\tB\x04\xe2A\x01\x03R\aaliases\x12C\n" +
+	"\rgate_decision\x18\x13 \x01(\v2\x18.mooring.v1.GateDecisionB\x04\xe2A\x01\x03R\fgateDecision:Z\xeaAW\n" +
 	"\x13mooring.dev/Adapter\x12-tenants/{tenant}/adapters/{adapter}@{version}*\badapters2\aadapterB\x0f\n" +
 	"\r_drift_budget\"\xc5\x01\n" +
 	"\fImportSource\x126\n" +
@@ -1558,17 +2517,19 @@ const file_mooring_v1_adapter_proto_rawDesc = "" +
 	"\bhead_dim\x18\x02 \x01(\x05B\x04\xe2A\x01\x03R\aheadDim\x12#\n" +
 	"\n" +
 	"logit_gain\x18\x03 \x01(\x01B\x04\xe2A\x01\x03R\tlogitGainB\x0f\n" +
-	"\r_drift_budget\"E\n" +
+	"\r_drift_budget\"n\n" +
 	"\x11GetAdapterRequest\x120\n" +
 	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
-	"\x13mooring.dev/AdapterR\x04name\"C\n" +
+	"\x13mooring.dev/AdapterR\x04name\x12'\n" +
+	"\fshow_deleted\x18\x02 \x01(\bB\x04\xe2A\x01\x01R\vshowDeleted\"C\n" +
 	"\x12GetAdapterResponse\x12-\n" +
-	"\aadapter\x18\x01 \x01(\v2\x13.mooring.v1.AdapterR\aadapter\"\x93\x01\n" +
+	"\aadapter\x18\x01 \x01(\v2\x13.mooring.v1.AdapterR\aadapter\"\xbc\x01\n" +
 	"\x13ListAdaptersRequest\x124\n" +
 	"\x06parent\x18\x01 \x01(\tB\x1c\xe2A\x01\x01\xfaA\x15\x12\x13mooring.dev/AdapterR\x06parent\x12!\n" +
 	"\tpage_size\x18\x02 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
 	"\n" +
-	"page_token\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\"o\n" +
+	"page_token\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\x12'\n" +
+	"\fshow_deleted\x18\x04 \x01(\bB\x04\xe2A\x01\x01R\vshowDeleted\"o\n" +
 	"\x14ListAdaptersResponse\x12/\n" +
 	"\badapters\x18\x01 \x03(\v2\x13.mooring.v1.AdapterR\badapters\x12&\n" +
 	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"H\n" +
@@ -1600,7 +2561,69 @@ const file_mooring_v1_adapter_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x06 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"F\n" +
 	"\x15ImportAdapterResponse\x12-\n" +
-	"\aadapter\x18\x01 \x01(\v2\x13.mooring.v1.AdapterR\aadapter*\xba\x01\n" +
+	"\aadapter\x18\x01 \x01(\v2\x13.mooring.v1.AdapterR\aadapter\"\xb5\x01\n" +
+	"\x15PublishAdapterRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13mooring.dev/AdapterR\x04name\x12\x1a\n" +
+	"\x05alias\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x05alias\x12)\n" +
+	"\rvalidate_only\x18\x03 \x01(\bB\x04\xe2A\x01\x01R\fvalidateOnly\x12#\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"~\n" +
+	"\x16PublishAdapterResponse\x12.\n" +
+	"\x05alias\x18\x01 \x01(\v2\x18.mooring.v1.AdapterAliasR\x05alias\x124\n" +
+	"\bdecision\x18\x02 \x01(\v2\x18.mooring.v1.GateDecisionR\bdecision\"\x8b\x01\n" +
+	"\x16RollBackAdapterRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13mooring.dev/AdapterR\x04name\x12\x1a\n" +
+	"\x05alias\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x05alias\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"I\n" +
+	"\x17RollBackAdapterResponse\x12.\n" +
+	"\x05alias\x18\x01 \x01(\v2\x18.mooring.v1.AdapterAliasR\x05alias\".\n" +
+	"\x12DeleteAliasRequest\x12\x18\n" +
+	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x04name\"\x15\n" +
+	"\x13DeleteAliasResponse\"\xb2\x01\n" +
+	"\x12ListAliasesRequest\x12\x1c\n" +
+	"\x06parent\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\x06parent\x126\n" +
+	"\aadapter\x18\x02 \x01(\tB\x1c\xe2A\x01\x01\xfaA\x15\n" +
+	"\x13mooring.dev/AdapterR\aadapter\x12!\n" +
+	"\tpage_size\x18\x03 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\"q\n" +
+	"\x13ListAliasesResponse\x122\n" +
+	"\aaliases\x18\x01 \x03(\v2\x18.mooring.v1.AdapterAliasR\aaliases\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x91\x01\n" +
+	"\x15ListAliasMovesRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13mooring.dev/AdapterR\x04name\x12!\n" +
+	"\tpage_size\x18\x02 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\"m\n" +
+	"\x16ListAliasMovesResponse\x12+\n" +
+	"\x05moves\x18\x01 \x03(\v2\x15.mooring.v1.AliasMoveR\x05moves\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"K\n" +
+	"\x14GetGatePolicyRequest\x123\n" +
+	"\x04name\x18\x01 \x01(\tB\x1f\xe2A\x01\x01\xfaA\x18\n" +
+	"\x16mooring.dev/GatePolicyR\x04name\"G\n" +
+	"\x15GetGatePolicyResponse\x12.\n" +
+	"\x06policy\x18\x01 \x01(\v2\x16.mooring.v1.GatePolicyR\x06policy\"\xc8\x01\n" +
+	"\x17UpdateGatePolicyRequest\x124\n" +
+	"\x06policy\x18\x01 \x01(\v2\x16.mooring.v1.GatePolicyB\x04\xe2A\x01\x01R\x06policy\x12A\n" +
+	"\vupdate_mask\x18\x02 \x01(\v2\x1a.google.protobuf.FieldMaskB\x04\xe2A\x01\x01R\n" +
+	"updateMask\x124\n" +
+	"\x06preset\x18\x03 \x01(\x0e2\x16.mooring.v1.GatePresetB\x04\xe2A\x01\x01R\x06preset\"J\n" +
+	"\x18UpdateGatePolicyResponse\x12.\n" +
+	"\x06policy\x18\x01 \x01(\v2\x16.mooring.v1.GatePolicyR\x06policy\"\xd5\x01\n" +
+	"\x18ListGateDecisionsRequest\x129\n" +
+	"\x06parent\x18\x01 \x01(\tB!\xe2A\x01\x01\xfaA\x1a\x12\x18mooring.dev/GateDecisionR\x06parent\x126\n" +
+	"\aadapter\x18\x02 \x01(\tB\x1c\xe2A\x01\x01\xfaA\x15\n" +
+	"\x13mooring.dev/AdapterR\aadapter\x12!\n" +
+	"\tpage_size\x18\x03 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\"{\n" +
+	"\x19ListGateDecisionsResponse\x126\n" +
+	"\tdecisions\x18\x01 \x03(\v2\x18.mooring.v1.GateDecisionR\tdecisions\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken*\xba\x01\n" +
 	"\fSourceFormat\x12\x1d\n" +
 	"\x19SOURCE_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14SOURCE_FORMAT_NATIVE\x10\x01\x12\x1b\n" +
@@ -1611,14 +2634,22 @@ const file_mooring_v1_adapter_proto_rawDesc = "" +
 	"\rAdapterFormat\x12\x1e\n" +
 	"\x1aADAPTER_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15ADAPTER_FORMAT_NATIVE\x10\x01\x12\x1c\n" +
-	"\x18ADAPTER_FORMAT_DIFFUSERS\x10\x022\xb6\x03\n" +
+	"\x18ADAPTER_FORMAT_DIFFUSERS\x10\x022\xfb\b\n" +
 	"\x0eAdapterService\x12K\n" +
 	"\n" +
 	"GetAdapter\x12\x1d.mooring.v1.GetAdapterRequest\x1a\x1e.mooring.v1.GetAdapterResponse\x12Q\n" +
 	"\fListAdapters\x12\x1f.mooring.v1.ListAdaptersRequest\x1a .mooring.v1.ListAdaptersResponse\x12T\n" +
 	"\rDeleteAdapter\x12 .mooring.v1.DeleteAdapterRequest\x1a!.mooring.v1.DeleteAdapterResponse\x12V\n" +
 	"\rExportAdapter\x12 .mooring.v1.ExportAdapterRequest\x1a!.mooring.v1.ExportAdapterResponse0\x01\x12V\n" +
-	"\rImportAdapter\x12 .mooring.v1.ImportAdapterRequest\x1a!.mooring.v1.ImportAdapterResponse(\x01b\x06proto3"
+	"\rImportAdapter\x12 .mooring.v1.ImportAdapterRequest\x1a!.mooring.v1.ImportAdapterResponse(\x01\x12W\n" +
+	"\x0ePublishAdapter\x12!.mooring.v1.PublishAdapterRequest\x1a\".mooring.v1.PublishAdapterResponse\x12Z\n" +
+	"\x0fRollBackAdapter\x12\".mooring.v1.RollBackAdapterRequest\x1a#.mooring.v1.RollBackAdapterResponse\x12N\n" +
+	"\vDeleteAlias\x12\x1e.mooring.v1.DeleteAliasRequest\x1a\x1f.mooring.v1.DeleteAliasResponse\x12N\n" +
+	"\vListAliases\x12\x1e.mooring.v1.ListAliasesRequest\x1a\x1f.mooring.v1.ListAliasesResponse\x12W\n" +
+	"\x0eListAliasMoves\x12!.mooring.v1.ListAliasMovesRequest\x1a\".mooring.v1.ListAliasMovesResponse\x12T\n" +
+	"\rGetGatePolicy\x12 .mooring.v1.GetGatePolicyRequest\x1a!.mooring.v1.GetGatePolicyResponse\x12]\n" +
+	"\x10UpdateGatePolicy\x12#.mooring.v1.UpdateGatePolicyRequest\x1a$.mooring.v1.UpdateGatePolicyResponse\x12`\n" +
+	"\x11ListGateDecisions\x12$.mooring.v1.ListGateDecisionsRequest\x1a%.mooring.v1.ListGateDecisionsResponseb\x06proto3"
 
 var (
 	file_mooring_v1_adapter_proto_rawDescOnce sync.Once
@@ -1633,64 +2664,115 @@ func file_mooring_v1_adapter_proto_rawDescGZIP() []byte {
 }
 
 var file_mooring_v1_adapter_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_mooring_v1_adapter_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_mooring_v1_adapter_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_mooring_v1_adapter_proto_goTypes = []any{
-	(SourceFormat)(0),             // 0: mooring.v1.SourceFormat
-	(AdapterFormat)(0),            // 1: mooring.v1.AdapterFormat
-	(*Adapter)(nil),               // 2: mooring.v1.Adapter
-	(*ImportSource)(nil),          // 3: mooring.v1.ImportSource
-	(*Drift)(nil),                 // 4: mooring.v1.Drift
-	(*Certificate)(nil),           // 5: mooring.v1.Certificate
-	(*GetAdapterRequest)(nil),     // 6: mooring.v1.GetAdapterRequest
-	(*GetAdapterResponse)(nil),    // 7: mooring.v1.GetAdapterResponse
-	(*ListAdaptersRequest)(nil),   // 8: mooring.v1.ListAdaptersRequest
-	(*ListAdaptersResponse)(nil),  // 9: mooring.v1.ListAdaptersResponse
-	(*DeleteAdapterRequest)(nil),  // 10: mooring.v1.DeleteAdapterRequest
-	(*DeleteAdapterResponse)(nil), // 11: mooring.v1.DeleteAdapterResponse
-	(*ExportAdapterRequest)(nil),  // 12: mooring.v1.ExportAdapterRequest
-	(*ExportAdapterResponse)(nil), // 13: mooring.v1.ExportAdapterResponse
-	(*ImportAdapterRequest)(nil),  // 14: mooring.v1.ImportAdapterRequest
-	(*AdapterImport)(nil),         // 15: mooring.v1.AdapterImport
-	(*ImportAdapterResponse)(nil), // 16: mooring.v1.ImportAdapterResponse
-	(*Certificate_Layer)(nil),     // 17: mooring.v1.Certificate.Layer
-	(*Certificate_Attention)(nil), // 18: mooring.v1.Certificate.Attention
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
-	(*RightsDeclaration)(nil),     // 20: mooring.v1.RightsDeclaration
-	(*FileHeader)(nil),            // 21: mooring.v1.FileHeader
+	(SourceFormat)(0),                 // 0: mooring.v1.SourceFormat
+	(AdapterFormat)(0),                // 1: mooring.v1.AdapterFormat
+	(*Adapter)(nil),                   // 2: mooring.v1.Adapter
+	(*ImportSource)(nil),              // 3: mooring.v1.ImportSource
+	(*Drift)(nil),                     // 4: mooring.v1.Drift
+	(*Certificate)(nil),               // 5: mooring.v1.Certificate
+	(*GetAdapterRequest)(nil),         // 6: mooring.v1.GetAdapterRequest
+	(*GetAdapterResponse)(nil),        // 7: mooring.v1.GetAdapterResponse
+	(*ListAdaptersRequest)(nil),       // 8: mooring.v1.ListAdaptersRequest
+	(*ListAdaptersResponse)(nil),      // 9: mooring.v1.ListAdaptersResponse
+	(*DeleteAdapterRequest)(nil),      // 10: mooring.v1.DeleteAdapterRequest
+	(*DeleteAdapterResponse)(nil),     // 11: mooring.v1.DeleteAdapterResponse
+	(*ExportAdapterRequest)(nil),      // 12: mooring.v1.ExportAdapterRequest
+	(*ExportAdapterResponse)(nil),     // 13: mooring.v1.ExportAdapterResponse
+	(*ImportAdapterRequest)(nil),      // 14: mooring.v1.ImportAdapterRequest
+	(*AdapterImport)(nil),             // 15: mooring.v1.AdapterImport
+	(*ImportAdapterResponse)(nil),     // 16: mooring.v1.ImportAdapterResponse
+	(*PublishAdapterRequest)(nil),     // 17: mooring.v1.PublishAdapterRequest
+	(*PublishAdapterResponse)(nil),    // 18: mooring.v1.PublishAdapterResponse
+	(*RollBackAdapterRequest)(nil),    // 19: mooring.v1.RollBackAdapterRequest
+	(*RollBackAdapterResponse)(nil),   // 20: mooring.v1.RollBackAdapterResponse
+	(*DeleteAliasRequest)(nil),        // 21: mooring.v1.DeleteAliasRequest
+	(*DeleteAliasResponse)(nil),       // 22: mooring.v1.DeleteAliasResponse
+	(*ListAliasesRequest)(nil),        // 23: mooring.v1.ListAliasesRequest
+	(*ListAliasesResponse)(nil),       // 24: mooring.v1.ListAliasesResponse
+	(*ListAliasMovesRequest)(nil),     // 25: mooring.v1.ListAliasMovesRequest
+	(*ListAliasMovesResponse)(nil),    // 26: mooring.v1.ListAliasMovesResponse
+	(*GetGatePolicyRequest)(nil),      // 27: mooring.v1.GetGatePolicyRequest
+	(*GetGatePolicyResponse)(nil),     // 28: mooring.v1.GetGatePolicyResponse
+	(*UpdateGatePolicyRequest)(nil),   // 29: mooring.v1.UpdateGatePolicyRequest
+	(*UpdateGatePolicyResponse)(nil),  // 30: mooring.v1.UpdateGatePolicyResponse
+	(*ListGateDecisionsRequest)(nil),  // 31: mooring.v1.ListGateDecisionsRequest
+	(*ListGateDecisionsResponse)(nil), // 32: mooring.v1.ListGateDecisionsResponse
+	(*Certificate_Layer)(nil),         // 33: mooring.v1.Certificate.Layer
+	(*Certificate_Attention)(nil),     // 34: mooring.v1.Certificate.Attention
+	(*timestamppb.Timestamp)(nil),     // 35: google.protobuf.Timestamp
+	(*GateDecision)(nil),              // 36: mooring.v1.GateDecision
+	(*RightsDeclaration)(nil),         // 37: mooring.v1.RightsDeclaration
+	(*FileHeader)(nil),                // 38: mooring.v1.FileHeader
+	(*AdapterAlias)(nil),              // 39: mooring.v1.AdapterAlias
+	(*AliasMove)(nil),                 // 40: mooring.v1.AliasMove
+	(*GatePolicy)(nil),                // 41: mooring.v1.GatePolicy
+	(*fieldmaskpb.FieldMask)(nil),     // 42: google.protobuf.FieldMask
+	(GatePreset)(0),                   // 43: mooring.v1.GatePreset
 }
 var file_mooring_v1_adapter_proto_depIdxs = []int32{
 	4,  // 0: mooring.v1.Adapter.drift:type_name -> mooring.v1.Drift
 	5,  // 1: mooring.v1.Adapter.certificate:type_name -> mooring.v1.Certificate
-	19, // 2: mooring.v1.Adapter.create_time:type_name -> google.protobuf.Timestamp
+	35, // 2: mooring.v1.Adapter.create_time:type_name -> google.protobuf.Timestamp
 	3,  // 3: mooring.v1.Adapter.source:type_name -> mooring.v1.ImportSource
-	0,  // 4: mooring.v1.ImportSource.format:type_name -> mooring.v1.SourceFormat
-	20, // 5: mooring.v1.ImportSource.rights:type_name -> mooring.v1.RightsDeclaration
-	4,  // 6: mooring.v1.Certificate.drift:type_name -> mooring.v1.Drift
-	17, // 7: mooring.v1.Certificate.layers:type_name -> mooring.v1.Certificate.Layer
-	18, // 8: mooring.v1.Certificate.attentions:type_name -> mooring.v1.Certificate.Attention
-	2,  // 9: mooring.v1.GetAdapterResponse.adapter:type_name -> mooring.v1.Adapter
-	2,  // 10: mooring.v1.ListAdaptersResponse.adapters:type_name -> mooring.v1.Adapter
-	1,  // 11: mooring.v1.ExportAdapterRequest.format:type_name -> mooring.v1.AdapterFormat
-	21, // 12: mooring.v1.ExportAdapterResponse.file:type_name -> mooring.v1.FileHeader
-	15, // 13: mooring.v1.ImportAdapterRequest.adapter:type_name -> mooring.v1.AdapterImport
-	21, // 14: mooring.v1.ImportAdapterRequest.file:type_name -> mooring.v1.FileHeader
-	20, // 15: mooring.v1.AdapterImport.rights:type_name -> mooring.v1.RightsDeclaration
-	2,  // 16: mooring.v1.ImportAdapterResponse.adapter:type_name -> mooring.v1.Adapter
-	6,  // 17: mooring.v1.AdapterService.GetAdapter:input_type -> mooring.v1.GetAdapterRequest
-	8,  // 18: mooring.v1.AdapterService.ListAdapters:input_type -> mooring.v1.ListAdaptersRequest
-	10, // 19: mooring.v1.AdapterService.DeleteAdapter:input_type -> mooring.v1.DeleteAdapterRequest
-	12, // 20: mooring.v1.AdapterService.ExportAdapter:input_type -> mooring.v1.ExportAdapterRequest
-	14, // 21: mooring.v1.AdapterService.ImportAdapter:input_type -> mooring.v1.ImportAdapterRequest
-	7,  // 22: mooring.v1.AdapterService.GetAdapter:output_type -> mooring.v1.GetAdapterResponse
-	9,  // 23: mooring.v1.AdapterService.ListAdapters:output_type -> mooring.v1.ListAdaptersResponse
-	11, // 24: mooring.v1.AdapterService.DeleteAdapter:output_type -> mooring.v1.DeleteAdapterResponse
-	13, // 25: mooring.v1.AdapterService.ExportAdapter:output_type -> mooring.v1.ExportAdapterResponse
-	16, // 26: mooring.v1.AdapterService.ImportAdapter:output_type -> mooring.v1.ImportAdapterResponse
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	35, // 4: mooring.v1.Adapter.delete_time:type_name -> google.protobuf.Timestamp
+	36, // 5: mooring.v1.Adapter.gate_decision:type_name -> mooring.v1.GateDecision
+	0,  // 6: mooring.v1.ImportSource.format:type_name -> mooring.v1.SourceFormat
+	37, // 7: mooring.v1.ImportSource.rights:type_name -> mooring.v1.RightsDeclaration
+	4,  // 8: mooring.v1.Certificate.drift:type_name -> mooring.v1.Drift
+	33, // 9: mooring.v1.Certificate.layers:type_name -> mooring.v1.Certificate.Layer
+	34, // 10: mooring.v1.Certificate.attentions:type_name -> mooring.v1.Certificate.Attention
+	2,  // 11: mooring.v1.GetAdapterResponse.adapter:type_name -> mooring.v1.Adapter
+	2,  // 12: mooring.v1.ListAdaptersResponse.adapters:type_name -> mooring.v1.Adapter
+	1,  // 13: mooring.v1.ExportAdapterRequest.format:type_name -> mooring.v1.AdapterFormat
+	38, // 14: mooring.v1.ExportAdapterResponse.file:type_name -> mooring.v1.FileHeader
+	15, // 15: mooring.v1.ImportAdapterRequest.adapter:type_name -> mooring.v1.AdapterImport
+	38, // 16: mooring.v1.ImportAdapterRequest.file:type_name -> mooring.v1.FileHeader
+	37, // 17: mooring.v1.AdapterImport.rights:type_name -> mooring.v1.RightsDeclaration
+	2,  // 18: mooring.v1.ImportAdapterResponse.adapter:type_name -> mooring.v1.Adapter
+	39, // 19: mooring.v1.PublishAdapterResponse.alias:type_name -> mooring.v1.AdapterAlias
+	36, // 20: mooring.v1.PublishAdapterResponse.decision:type_name -> mooring.v1.GateDecision
+	39, // 21: mooring.v1.RollBackAdapterResponse.alias:type_name -> mooring.v1.AdapterAlias
+	39, // 22: mooring.v1.ListAliasesResponse.aliases:type_name -> mooring.v1.AdapterAlias
+	40, // 23: mooring.v1.ListAliasMovesResponse.moves:type_name -> mooring.v1.AliasMove
+	41, // 24: mooring.v1.GetGatePolicyResponse.policy:type_name -> mooring.v1.GatePolicy
+	41, // 25: mooring.v1.UpdateGatePolicyRequest.policy:type_name -> mooring.v1.GatePolicy
+	42, // 26: mooring.v1.UpdateGatePolicyRequest.update_mask:type_name -> google.protobuf.FieldMask
+	43, // 27: mooring.v1.UpdateGatePolicyRequest.preset:type_name -> mooring.v1.GatePreset
+	41, // 28: mooring.v1.UpdateGatePolicyResponse.policy:type_name -> mooring.v1.GatePolicy
+	36, // 29: mooring.v1.ListGateDecisionsResponse.decisions:type_name -> mooring.v1.GateDecision
+	6,  // 30: mooring.v1.AdapterService.GetAdapter:input_type -> mooring.v1.GetAdapterRequest
+	8,  // 31: mooring.v1.AdapterService.ListAdapters:input_type -> mooring.v1.ListAdaptersRequest
+	10, // 32: mooring.v1.AdapterService.DeleteAdapter:input_type -> mooring.v1.DeleteAdapterRequest
+	12, // 33: mooring.v1.AdapterService.ExportAdapter:input_type -> mooring.v1.ExportAdapterRequest
+	14, // 34: mooring.v1.AdapterService.ImportAdapter:input_type -> mooring.v1.ImportAdapterRequest
+	17, // 35: mooring.v1.AdapterService.PublishAdapter:input_type -> mooring.v1.PublishAdapterRequest
+	19, // 36: mooring.v1.AdapterService.RollBackAdapter:input_type -> mooring.v1.RollBackAdapterRequest
+	21, // 37: mooring.v1.AdapterService.DeleteAlias:input_type -> mooring.v1.DeleteAliasRequest
+	23, // 38: mooring.v1.AdapterService.ListAliases:input_type -> mooring.v1.ListAliasesRequest
+	25, // 39: mooring.v1.AdapterService.ListAliasMoves:input_type -> mooring.v1.ListAliasMovesRequest
+	27, // 40: mooring.v1.AdapterService.GetGatePolicy:input_type -> mooring.v1.GetGatePolicyRequest
+	29, // 41: mooring.v1.AdapterService.UpdateGatePolicy:input_type -> mooring.v1.UpdateGatePolicyRequest
+	31, // 42: mooring.v1.AdapterService.ListGateDecisions:input_type -> mooring.v1.ListGateDecisionsRequest
+	7,  // 43: mooring.v1.AdapterService.GetAdapter:output_type -> mooring.v1.GetAdapterResponse
+	9,  // 44: mooring.v1.AdapterService.ListAdapters:output_type -> mooring.v1.ListAdaptersResponse
+	11, // 45: mooring.v1.AdapterService.DeleteAdapter:output_type -> mooring.v1.DeleteAdapterResponse
+	13, // 46: mooring.v1.AdapterService.ExportAdapter:output_type -> mooring.v1.ExportAdapterResponse
+	16, // 47: mooring.v1.AdapterService.ImportAdapter:output_type -> mooring.v1.ImportAdapterResponse
+	18, // 48: mooring.v1.AdapterService.PublishAdapter:output_type -> mooring.v1.PublishAdapterResponse
+	20, // 49: mooring.v1.AdapterService.RollBackAdapter:output_type -> mooring.v1.RollBackAdapterResponse
+	22, // 50: mooring.v1.AdapterService.DeleteAlias:output_type -> mooring.v1.DeleteAliasResponse
+	24, // 51: mooring.v1.AdapterService.ListAliases:output_type -> mooring.v1.ListAliasesResponse
+	26, // 52: mooring.v1.AdapterService.ListAliasMoves:output_type -> mooring.v1.ListAliasMovesResponse
+	28, // 53: mooring.v1.AdapterService.GetGatePolicy:output_type -> mooring.v1.GetGatePolicyResponse
+	30, // 54: mooring.v1.AdapterService.UpdateGatePolicy:output_type -> mooring.v1.UpdateGatePolicyResponse
+	32, // 55: mooring.v1.AdapterService.ListGateDecisions:output_type -> mooring.v1.ListGateDecisionsResponse
+	43, // [43:56] is the sub-list for method output_type
+	30, // [30:43] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_mooring_v1_adapter_proto_init() }
@@ -1698,6 +2780,7 @@ func file_mooring_v1_adapter_proto_init() {
 	if File_mooring_v1_adapter_proto != nil {
 		return
 	}
+	file_mooring_v1_gate_proto_init()
 	file_mooring_v1_media_proto_init()
 	file_mooring_v1_subject_proto_init()
 	file_mooring_v1_adapter_proto_msgTypes[0].OneofWrappers = []any{}
@@ -1712,14 +2795,14 @@ func file_mooring_v1_adapter_proto_init() {
 		(*ImportAdapterRequest_File)(nil),
 		(*ImportAdapterRequest_Chunk)(nil),
 	}
-	file_mooring_v1_adapter_proto_msgTypes[15].OneofWrappers = []any{}
+	file_mooring_v1_adapter_proto_msgTypes[31].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mooring_v1_adapter_proto_rawDesc), len(file_mooring_v1_adapter_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   17,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

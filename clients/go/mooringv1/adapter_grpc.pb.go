@@ -19,24 +19,34 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	AdapterService_GetAdapter_FullMethodName    = "/mooring.v1.AdapterService/GetAdapter"
-	AdapterService_ListAdapters_FullMethodName  = "/mooring.v1.AdapterService/ListAdapters"
-	AdapterService_DeleteAdapter_FullMethodName = "/mooring.v1.AdapterService/DeleteAdapter"
-	AdapterService_ExportAdapter_FullMethodName = "/mooring.v1.AdapterService/ExportAdapter"
-	AdapterService_ImportAdapter_FullMethodName = "/mooring.v1.AdapterService/ImportAdapter"
+	AdapterService_GetAdapter_FullMethodName        = "/mooring.v1.AdapterService/GetAdapter"
+	AdapterService_ListAdapters_FullMethodName      = "/mooring.v1.AdapterService/ListAdapters"
+	AdapterService_DeleteAdapter_FullMethodName     = "/mooring.v1.AdapterService/DeleteAdapter"
+	AdapterService_ExportAdapter_FullMethodName     = "/mooring.v1.AdapterService/ExportAdapter"
+	AdapterService_ImportAdapter_FullMethodName     = "/mooring.v1.AdapterService/ImportAdapter"
+	AdapterService_PublishAdapter_FullMethodName    = "/mooring.v1.AdapterService/PublishAdapter"
+	AdapterService_RollBackAdapter_FullMethodName   = "/mooring.v1.AdapterService/RollBackAdapter"
+	AdapterService_DeleteAlias_FullMethodName       = "/mooring.v1.AdapterService/DeleteAlias"
+	AdapterService_ListAliases_FullMethodName       = "/mooring.v1.AdapterService/ListAliases"
+	AdapterService_ListAliasMoves_FullMethodName    = "/mooring.v1.AdapterService/ListAliasMoves"
+	AdapterService_GetGatePolicy_FullMethodName     = "/mooring.v1.AdapterService/GetGatePolicy"
+	AdapterService_UpdateGatePolicy_FullMethodName  = "/mooring.v1.AdapterService/UpdateGatePolicy"
+	AdapterService_ListGateDecisions_FullMethodName = "/mooring.v1.AdapterService/ListGateDecisions"
 )
 
 // AdapterServiceClient is the client API for AdapterService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Adapters: what training yields. Versions are immutable and numbered from 1.
+// Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+// decides which version an alias may point to.
 type AdapterServiceClient interface {
 	// Returns one adapter version with its certificate.
 	GetAdapter(ctx context.Context, in *GetAdapterRequest, opts ...grpc.CallOption) (*GetAdapterResponse, error)
 	// Lists adapter versions, newest first, without their certificates' layers.
 	ListAdapters(ctx context.Context, in *ListAdaptersRequest, opts ...grpc.CallOption) (*ListAdaptersResponse, error)
-	// Deletes one version, or all versions of an adapter. A number is never given again.
+	// Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+	// that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
 	DeleteAdapter(ctx context.Context, in *DeleteAdapterRequest, opts ...grpc.CallOption) (*DeleteAdapterResponse, error)
 	// Streams an adapter version as files: for each its `file` header, then its `chunk`s.
 	ExportAdapter(ctx context.Context, in *ExportAdapterRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportAdapterResponse], error)
@@ -46,6 +56,26 @@ type AdapterServiceClient interface {
 	// layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
 	// once; drift is not measured before an evaluation.
 	ImportAdapter(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportAdapterRequest, ImportAdapterResponse], error)
+	// Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+	// two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+	// The decision is kept either way.
+	PublishAdapter(ctx context.Context, in *PublishAdapterRequest, opts ...grpc.CallOption) (*PublishAdapterResponse, error)
+	// Lets an alias point again to the version before the one it was published from, without asking the gate: that
+	// version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+	// passed over.
+	RollBackAdapter(ctx context.Context, in *RollBackAdapterRequest, opts ...grpc.CallOption) (*RollBackAdapterResponse, error)
+	// Deletes an alias; its history stays. The versions are not touched.
+	DeleteAlias(ctx context.Context, in *DeleteAliasRequest, opts ...grpc.CallOption) (*DeleteAliasResponse, error)
+	// Lists aliases with the versions they point to, in the order of their names.
+	ListAliases(ctx context.Context, in *ListAliasesRequest, opts ...grpc.CallOption) (*ListAliasesResponse, error)
+	// Lists what happened to the aliases of an adapter, newest first.
+	ListAliasMoves(ctx context.Context, in *ListAliasMovesRequest, opts ...grpc.CallOption) (*ListAliasMovesResponse, error)
+	// Returns the tenant's gate policy.
+	GetGatePolicy(ctx context.Context, in *GetGatePolicyRequest, opts ...grpc.CallOption) (*GetGatePolicyResponse, error)
+	// Changes the tenant's gate policy, for publications from now on.
+	UpdateGatePolicy(ctx context.Context, in *UpdateGatePolicyRequest, opts ...grpc.CallOption) (*UpdateGatePolicyResponse, error)
+	// Lists the gate's decisions, newest first.
+	ListGateDecisions(ctx context.Context, in *ListGateDecisionsRequest, opts ...grpc.CallOption) (*ListGateDecisionsResponse, error)
 }
 
 type adapterServiceClient struct {
@@ -118,17 +148,99 @@ func (c *adapterServiceClient) ImportAdapter(ctx context.Context, opts ...grpc.C
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AdapterService_ImportAdapterClient = grpc.ClientStreamingClient[ImportAdapterRequest, ImportAdapterResponse]
 
+func (c *adapterServiceClient) PublishAdapter(ctx context.Context, in *PublishAdapterRequest, opts ...grpc.CallOption) (*PublishAdapterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PublishAdapterResponse)
+	err := c.cc.Invoke(ctx, AdapterService_PublishAdapter_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) RollBackAdapter(ctx context.Context, in *RollBackAdapterRequest, opts ...grpc.CallOption) (*RollBackAdapterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RollBackAdapterResponse)
+	err := c.cc.Invoke(ctx, AdapterService_RollBackAdapter_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) DeleteAlias(ctx context.Context, in *DeleteAliasRequest, opts ...grpc.CallOption) (*DeleteAliasResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteAliasResponse)
+	err := c.cc.Invoke(ctx, AdapterService_DeleteAlias_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) ListAliases(ctx context.Context, in *ListAliasesRequest, opts ...grpc.CallOption) (*ListAliasesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAliasesResponse)
+	err := c.cc.Invoke(ctx, AdapterService_ListAliases_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) ListAliasMoves(ctx context.Context, in *ListAliasMovesRequest, opts ...grpc.CallOption) (*ListAliasMovesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAliasMovesResponse)
+	err := c.cc.Invoke(ctx, AdapterService_ListAliasMoves_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) GetGatePolicy(ctx context.Context, in *GetGatePolicyRequest, opts ...grpc.CallOption) (*GetGatePolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetGatePolicyResponse)
+	err := c.cc.Invoke(ctx, AdapterService_GetGatePolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) UpdateGatePolicy(ctx context.Context, in *UpdateGatePolicyRequest, opts ...grpc.CallOption) (*UpdateGatePolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateGatePolicyResponse)
+	err := c.cc.Invoke(ctx, AdapterService_UpdateGatePolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adapterServiceClient) ListGateDecisions(ctx context.Context, in *ListGateDecisionsRequest, opts ...grpc.CallOption) (*ListGateDecisionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListGateDecisionsResponse)
+	err := c.cc.Invoke(ctx, AdapterService_ListGateDecisions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdapterServiceServer is the server API for AdapterService service.
 // All implementations must embed UnimplementedAdapterServiceServer
 // for forward compatibility.
 //
-// Adapters: what training yields. Versions are immutable and numbered from 1.
+// Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+// decides which version an alias may point to.
 type AdapterServiceServer interface {
 	// Returns one adapter version with its certificate.
 	GetAdapter(context.Context, *GetAdapterRequest) (*GetAdapterResponse, error)
 	// Lists adapter versions, newest first, without their certificates' layers.
 	ListAdapters(context.Context, *ListAdaptersRequest) (*ListAdaptersResponse, error)
-	// Deletes one version, or all versions of an adapter. A number is never given again.
+	// Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+	// that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
 	DeleteAdapter(context.Context, *DeleteAdapterRequest) (*DeleteAdapterResponse, error)
 	// Streams an adapter version as files: for each its `file` header, then its `chunk`s.
 	ExportAdapter(*ExportAdapterRequest, grpc.ServerStreamingServer[ExportAdapterResponse]) error
@@ -138,6 +250,26 @@ type AdapterServiceServer interface {
 	// layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
 	// once; drift is not measured before an evaluation.
 	ImportAdapter(grpc.ClientStreamingServer[ImportAdapterRequest, ImportAdapterResponse]) error
+	// Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+	// two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+	// The decision is kept either way.
+	PublishAdapter(context.Context, *PublishAdapterRequest) (*PublishAdapterResponse, error)
+	// Lets an alias point again to the version before the one it was published from, without asking the gate: that
+	// version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+	// passed over.
+	RollBackAdapter(context.Context, *RollBackAdapterRequest) (*RollBackAdapterResponse, error)
+	// Deletes an alias; its history stays. The versions are not touched.
+	DeleteAlias(context.Context, *DeleteAliasRequest) (*DeleteAliasResponse, error)
+	// Lists aliases with the versions they point to, in the order of their names.
+	ListAliases(context.Context, *ListAliasesRequest) (*ListAliasesResponse, error)
+	// Lists what happened to the aliases of an adapter, newest first.
+	ListAliasMoves(context.Context, *ListAliasMovesRequest) (*ListAliasMovesResponse, error)
+	// Returns the tenant's gate policy.
+	GetGatePolicy(context.Context, *GetGatePolicyRequest) (*GetGatePolicyResponse, error)
+	// Changes the tenant's gate policy, for publications from now on.
+	UpdateGatePolicy(context.Context, *UpdateGatePolicyRequest) (*UpdateGatePolicyResponse, error)
+	// Lists the gate's decisions, newest first.
+	ListGateDecisions(context.Context, *ListGateDecisionsRequest) (*ListGateDecisionsResponse, error)
 	mustEmbedUnimplementedAdapterServiceServer()
 }
 
@@ -162,6 +294,30 @@ func (UnimplementedAdapterServiceServer) ExportAdapter(*ExportAdapterRequest, gr
 }
 func (UnimplementedAdapterServiceServer) ImportAdapter(grpc.ClientStreamingServer[ImportAdapterRequest, ImportAdapterResponse]) error {
 	return status.Error(codes.Unimplemented, "method ImportAdapter not implemented")
+}
+func (UnimplementedAdapterServiceServer) PublishAdapter(context.Context, *PublishAdapterRequest) (*PublishAdapterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PublishAdapter not implemented")
+}
+func (UnimplementedAdapterServiceServer) RollBackAdapter(context.Context, *RollBackAdapterRequest) (*RollBackAdapterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RollBackAdapter not implemented")
+}
+func (UnimplementedAdapterServiceServer) DeleteAlias(context.Context, *DeleteAliasRequest) (*DeleteAliasResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteAlias not implemented")
+}
+func (UnimplementedAdapterServiceServer) ListAliases(context.Context, *ListAliasesRequest) (*ListAliasesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAliases not implemented")
+}
+func (UnimplementedAdapterServiceServer) ListAliasMoves(context.Context, *ListAliasMovesRequest) (*ListAliasMovesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAliasMoves not implemented")
+}
+func (UnimplementedAdapterServiceServer) GetGatePolicy(context.Context, *GetGatePolicyRequest) (*GetGatePolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetGatePolicy not implemented")
+}
+func (UnimplementedAdapterServiceServer) UpdateGatePolicy(context.Context, *UpdateGatePolicyRequest) (*UpdateGatePolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UpdateGatePolicy not implemented")
+}
+func (UnimplementedAdapterServiceServer) ListGateDecisions(context.Context, *ListGateDecisionsRequest) (*ListGateDecisionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListGateDecisions not implemented")
 }
 func (UnimplementedAdapterServiceServer) mustEmbedUnimplementedAdapterServiceServer() {}
 func (UnimplementedAdapterServiceServer) testEmbeddedByValue()                        {}
@@ -256,6 +412,150 @@ func _AdapterService_ImportAdapter_Handler(srv interface{}, stream grpc.ServerSt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type AdapterService_ImportAdapterServer = grpc.ClientStreamingServer[ImportAdapterRequest, ImportAdapterResponse]
 
+func _AdapterService_PublishAdapter_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PublishAdapterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).PublishAdapter(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_PublishAdapter_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).PublishAdapter(ctx, req.(*PublishAdapterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_RollBackAdapter_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RollBackAdapterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).RollBackAdapter(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_RollBackAdapter_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).RollBackAdapter(ctx, req.(*RollBackAdapterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_DeleteAlias_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteAliasRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).DeleteAlias(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_DeleteAlias_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).DeleteAlias(ctx, req.(*DeleteAliasRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_ListAliases_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAliasesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).ListAliases(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_ListAliases_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).ListAliases(ctx, req.(*ListAliasesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_ListAliasMoves_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAliasMovesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).ListAliasMoves(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_ListAliasMoves_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).ListAliasMoves(ctx, req.(*ListAliasMovesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_GetGatePolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetGatePolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).GetGatePolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_GetGatePolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).GetGatePolicy(ctx, req.(*GetGatePolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_UpdateGatePolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateGatePolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).UpdateGatePolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_UpdateGatePolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).UpdateGatePolicy(ctx, req.(*UpdateGatePolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AdapterService_ListGateDecisions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListGateDecisionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdapterServiceServer).ListGateDecisions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AdapterService_ListGateDecisions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdapterServiceServer).ListGateDecisions(ctx, req.(*ListGateDecisionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AdapterService_ServiceDesc is the grpc.ServiceDesc for AdapterService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -274,6 +574,38 @@ var AdapterService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "DeleteAdapter",
 			Handler:    _AdapterService_DeleteAdapter_Handler,
+		},
+		{
+			MethodName: "PublishAdapter",
+			Handler:    _AdapterService_PublishAdapter_Handler,
+		},
+		{
+			MethodName: "RollBackAdapter",
+			Handler:    _AdapterService_RollBackAdapter_Handler,
+		},
+		{
+			MethodName: "DeleteAlias",
+			Handler:    _AdapterService_DeleteAlias_Handler,
+		},
+		{
+			MethodName: "ListAliases",
+			Handler:    _AdapterService_ListAliases_Handler,
+		},
+		{
+			MethodName: "ListAliasMoves",
+			Handler:    _AdapterService_ListAliasMoves_Handler,
+		},
+		{
+			MethodName: "GetGatePolicy",
+			Handler:    _AdapterService_GetGatePolicy_Handler,
+		},
+		{
+			MethodName: "UpdateGatePolicy",
+			Handler:    _AdapterService_UpdateGatePolicy_Handler,
+		},
+		{
+			MethodName: "ListGateDecisions",
+			Handler:    _AdapterService_ListGateDecisions_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -64,7 +64,7 @@ const (
 	ErrorReason_ERROR_REASON_TOO_MANY_PHOTOS ErrorReason = 15
 	// NOT_FOUND: no such adapter or adapter version, or it is not yours.
 	ErrorReason_ERROR_REASON_ADAPTER_NOT_FOUND ErrorReason = 16
-	// FAILED_PRECONDITION: the adapter is used by a running request or job.
+	// FAILED_PRECONDITION: an alias points to the adapter version; metadata `aliases` names them.
 	ErrorReason_ERROR_REASON_ADAPTER_IN_USE ErrorReason = 17
 	// INVALID_ARGUMENT: an adapter file has a key or shape that the base model does not have.
 	ErrorReason_ERROR_REASON_ADAPTER_KEYS_UNMATCHED ErrorReason = 18
@@ -110,6 +110,15 @@ const (
 	ErrorReason_ERROR_REASON_ADAPTER_TOO_LARGE ErrorReason = 39
 	// INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted.
 	ErrorReason_ERROR_REASON_ADAPTER_NOT_SUPPORTED ErrorReason = 40
+	// FAILED_PRECONDITION: the gate does not let the adapter version be published; `BadRequest` names each failing figure,
+	// metadata holds them in words, and `decision`.
+	ErrorReason_ERROR_REASON_GATE_REFUSED ErrorReason = 46
+	// FAILED_PRECONDITION: as GATE_REFUSED, because no successful evaluation of exactly this adapter on this base exists.
+	ErrorReason_ERROR_REASON_GATE_NEEDS_EVALUATION ErrorReason = 47
+	// NOT_FOUND: no such alias, or it is not yours.
+	ErrorReason_ERROR_REASON_ALIAS_NOT_FOUND ErrorReason = 48
+	// FAILED_PRECONDITION: the alias has no earlier version to go back to.
+	ErrorReason_ERROR_REASON_NOTHING_TO_ROLL_BACK ErrorReason = 49
 	// INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training.
 	ErrorReason_ERROR_REASON_TRAINING_NOT_ALLOWED ErrorReason = 50
 	// INVALID_ARGUMENT: lines of a batch file cannot be used; `BadRequest` names them as `lines[n]`, n from 1.
@@ -174,6 +183,10 @@ var (
 		38: "ERROR_REASON_DEADLINE_EXCEEDED",
 		39: "ERROR_REASON_ADAPTER_TOO_LARGE",
 		40: "ERROR_REASON_ADAPTER_NOT_SUPPORTED",
+		46: "ERROR_REASON_GATE_REFUSED",
+		47: "ERROR_REASON_GATE_NEEDS_EVALUATION",
+		48: "ERROR_REASON_ALIAS_NOT_FOUND",
+		49: "ERROR_REASON_NOTHING_TO_ROLL_BACK",
 		50: "ERROR_REASON_TRAINING_NOT_ALLOWED",
 		51: "ERROR_REASON_BATCH_NOT_VALID",
 		52: "ERROR_REASON_BATCH_TOO_LARGE",
@@ -225,6 +238,10 @@ var (
 		"ERROR_REASON_DEADLINE_EXCEEDED":      38,
 		"ERROR_REASON_ADAPTER_TOO_LARGE":      39,
 		"ERROR_REASON_ADAPTER_NOT_SUPPORTED":  40,
+		"ERROR_REASON_GATE_REFUSED":           46,
+		"ERROR_REASON_GATE_NEEDS_EVALUATION":  47,
+		"ERROR_REASON_ALIAS_NOT_FOUND":        48,
+		"ERROR_REASON_NOTHING_TO_ROLL_BACK":   49,
 		"ERROR_REASON_TRAINING_NOT_ALLOWED":   50,
 		"ERROR_REASON_BATCH_NOT_VALID":        51,
 		"ERROR_REASON_BATCH_TOO_LARGE":        52,
@@ -269,7 +286,7 @@ var File_mooring_v1_errors_proto protoreflect.FileDescriptor
 const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\n" +
 	"\x17mooring/v1/errors.proto\x12\n" +
-	"mooring.v1*\xb3\r\n" +
+	"mooring.v1*\xc3\x0e\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1d\n" +
@@ -311,7 +328,11 @@ const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\x1fERROR_REASON_ARTIFACT_NOT_FOUND\x10%\x12\"\n" +
 	"\x1eERROR_REASON_DEADLINE_EXCEEDED\x10&\x12\"\n" +
 	"\x1eERROR_REASON_ADAPTER_TOO_LARGE\x10'\x12&\n" +
-	"\"ERROR_REASON_ADAPTER_NOT_SUPPORTED\x10(\x12%\n" +
+	"\"ERROR_REASON_ADAPTER_NOT_SUPPORTED\x10(\x12\x1d\n" +
+	"\x19ERROR_REASON_GATE_REFUSED\x10.\x12&\n" +
+	"\"ERROR_REASON_GATE_NEEDS_EVALUATION\x10/\x12 \n" +
+	"\x1cERROR_REASON_ALIAS_NOT_FOUND\x100\x12%\n" +
+	"!ERROR_REASON_NOTHING_TO_ROLL_BACK\x101\x12%\n" +
 	"!ERROR_REASON_TRAINING_NOT_ALLOWED\x102\x12 \n" +
 	"\x1cERROR_REASON_BATCH_NOT_VALID\x103\x12 \n" +
 	"\x1cERROR_REASON_BATCH_TOO_LARGE\x104\x12\x1f\n" +

@@ -639,7 +639,8 @@ type EvaluateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Tenant to work in, `tenants/{tenant}`. Default: the caller's own; no other is allowed.
 	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
-	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now.
+	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+	// the version that it points to now, or without either the newest version now.
 	// Default: the base alone.
 	Adapter string `protobuf:"bytes,2,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	// The subject to compare with, `tenants/{tenant}/subjects/{subject}`, with at least one photo. Default: the
@@ -773,7 +774,8 @@ type GenerateRequest struct {
 	Prompt string `protobuf:"bytes,1,opt,name=prompt,proto3" json:"prompt,omitempty"`
 	// What to keep away from; same length limit. Default: empty.
 	NegativePrompt string `protobuf:"bytes,2,opt,name=negative_prompt,json=negativePrompt,proto3" json:"negative_prompt,omitempty"`
-	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now.
+	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+	// the version that it points to now, or without either the newest version now.
 	// Default: the base alone.
 	Adapter string `protobuf:"bytes,3,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	// Scale of the adapter's change, 0 (the base) to 2. Default: 1.
@@ -924,7 +926,8 @@ func (x *GenerateRequest) GetMoreAdapters() []*AdapterUse {
 // An adapter and how strongly it acts.
 type AdapterUse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now.
+	// The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+	// the version that it points to now, or without either the newest version now.
 	Adapter string `protobuf:"bytes,1,opt,name=adapter,proto3" json:"adapter,omitempty"`
 	// Scale of the adapter's change, 0 (nothing) to 2. Default: 1.
 	Scale         *float64 `protobuf:"fixed64,2,opt,name=scale,proto3,oneof" json:"scale,omitempty"`

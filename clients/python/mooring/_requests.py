@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from google.protobuf import field_mask_pb2
+
 from mooring.errors import FieldViolation, InvalidArgumentError
 from mooring.v1 import (
     adapter_pb2,
     evaluation_pb2,
+    gate_pb2,
     job_pb2,
     media_pb2,
     personalization_pb2,
@@ -245,6 +248,71 @@ def export_adapter(adapter: Any, *, file_format: str = "") -> adapter_pb2.Export
     return adapter_pb2.ExportAdapterRequest(
         name=resource_name("adapters", adapter),
         format=enum_value(adapter_pb2.AdapterFormat, file_format, "format"),
+    )
+
+
+def publish_adapter(
+    adapter: Any, *, alias: str = "", validate_only: bool = False, request_id: str = ""
+) -> adapter_pb2.PublishAdapterRequest:
+    """Request of `publish_adapter`; "" is the alias "live"."""
+    return adapter_pb2.PublishAdapterRequest(
+        name=resource_name("adapters", adapter),
+        alias=alias,
+        validate_only=validate_only,
+        request_id=request_id or new_request_id(),
+    )
+
+
+def roll_back_adapter(
+    adapter: Any, *, alias: str = "", request_id: str = ""
+) -> adapter_pb2.RollBackAdapterRequest:
+    """Request of `roll_back_adapter`; "" is the alias "live"."""
+    return adapter_pb2.RollBackAdapterRequest(
+        name=resource_name("adapters", adapter), alias=alias, request_id=request_id or new_request_id()
+    )
+
+
+def update_gate_policy(
+    *, preset: str = "", mode: str = "", allowed_rights: Iterable[str] | None = None, **thresholds: Any
+) -> adapter_pb2.UpdateGatePolicyRequest:
+    """Request of `update_gate_policy`.
+
+    Args:
+        preset: preset to start from; "" is the policy in force.
+        mode: "enforce", "warn" or "off"; "" leaves it.
+        allowed_rights: bases that pass; an empty list for any, None leaves them.
+        thresholds: fields of `GatePolicy`; None no longer checks, what is left out stays.
+
+    Raises:
+        InvalidArgumentError: a word or a threshold is not known.
+    """
+    policy = gate_pb2.GatePolicy()
+    known = {field.name for field in gate_pb2.GatePolicy.DESCRIPTOR.fields}
+    unknown = sorted(set(thresholds) - known)
+    if unknown:
+        raise InvalidArgumentError(
+            f"the gate has no threshold {unknown[0]!r}.",
+            reason="INVALID_FIELD",
+            remedy=f"Known: {', '.join(sorted(known))}.",
+            fields=[FieldViolation(f"policy.{unknown[0]}", "is not known")],
+        )
+    paths = list(thresholds)
+    for name, value in thresholds.items():
+        if value is not None:
+            setattr(policy, name, value)
+    if mode:
+        policy.mode = enum_value(gate_pb2.GateMode, mode, "policy.mode")
+        paths.append("mode")
+    if allowed_rights is not None:
+        basis = subject_pb2.RightsDeclaration.Basis
+        policy.allowed_rights.extend(
+            enum_value(basis, word, "policy.allowed_rights") for word in allowed_rights
+        )
+        paths.append("allowed_rights")
+    return adapter_pb2.UpdateGatePolicyRequest(
+        policy=policy,
+        update_mask=field_mask_pb2.FieldMask(paths=paths),
+        preset=enum_value(gate_pb2.GatePreset, preset, "preset"),
     )
 
 

@@ -18,6 +18,7 @@ import grpc.aio
 
 from mooring import _requests, errors
 from mooring._channel import Pem, channel_credentials, channel_options
+from mooring._publishing import AsyncPublishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded, translated
@@ -44,7 +45,7 @@ from mooring.v1 import (
 )
 
 
-class Client:
+class Client(AsyncPublishing):
     """A connection to a Mooring server for one event loop.
 
     Every method takes what its namesake of `mooring.Client` takes, and may raise a class of `mooring.errors`.
@@ -274,9 +275,10 @@ class Client:
         request = adapter_pb2.GetAdapterRequest(name=resource_name("adapters", adapter))
         return (await self._unary(self._adapters.GetAdapter, request)).adapter
 
-    def list_adapters(self) -> AsyncIterator[adapter_pb2.Adapter]:
+    def list_adapters(self, *, show_deleted: bool = False) -> AsyncIterator[adapter_pb2.Adapter]:
         """All adapter versions, newest first, without their certificates' layers."""
-        return self._pages(self._adapters.ListAdapters, adapter_pb2.ListAdaptersRequest(), "adapters")
+        request = adapter_pb2.ListAdaptersRequest(show_deleted=show_deleted)
+        return self._pages(self._adapters.ListAdapters, request, "adapters")
 
     async def delete_adapter(self, adapter: Any) -> None:
         """Delete one version ("rex@2"), or all versions of an adapter ("rex")."""

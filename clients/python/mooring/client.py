@@ -12,6 +12,7 @@ import grpc
 
 from mooring import _requests, errors
 from mooring._channel import Pem, channel_credentials, channel_options
+from mooring._publishing import Publishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
 from mooring.types import (
@@ -55,7 +56,7 @@ def translated() -> Iterator[None]:
         raise errors.from_rpc_error(error) from error
 
 
-class Client:
+class Client(Publishing):
     """A connection to a Mooring server; thread-safe, to be closed or used as a context manager.
 
     It speaks TLS, but for a loopback target where nothing of TLS is given.
@@ -498,13 +499,18 @@ class Client:
     # -- adapters -------------------------------------------------------------------------------------------
 
     def get_adapter(self, adapter: Any) -> adapter_pb2.Adapter:
-        """One adapter version with its certificate; without `@version` the newest."""
+        """One adapter version with its certificate: "rex@2", "rex@live"; without `@version` the newest."""
         request = adapter_pb2.GetAdapterRequest(name=resource_name("adapters", adapter))
         return self._unary(self._adapters.GetAdapter, request).adapter
 
-    def list_adapters(self) -> Iterator[adapter_pb2.Adapter]:
-        """All adapter versions, newest first, without their certificates' layers."""
-        return self._pages(self._adapters.ListAdapters, adapter_pb2.ListAdaptersRequest(), "adapters")
+    def list_adapters(self, *, show_deleted: bool = False) -> Iterator[adapter_pb2.Adapter]:
+        """All adapter versions, newest first, without their certificates' layers.
+
+        Args:
+            show_deleted: those that were deleted too; they have a `delete_time`.
+        """
+        request = adapter_pb2.ListAdaptersRequest(show_deleted=show_deleted)
+        return self._pages(self._adapters.ListAdapters, request, "adapters")
 
     def delete_adapter(self, adapter: Any) -> None:
         """Delete one version ("rex@2"), or all versions of an adapter ("rex")."""

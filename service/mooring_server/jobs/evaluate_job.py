@@ -13,7 +13,7 @@ from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.policy import TaskClass
 from mooring_server.errors import MooringError, Reason
-from mooring_server.evaluation import report
+from mooring_server.evaluation import gate, report
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.evaluate import EvaluationCache, EvaluationProgress, evaluate
 from mooring_server.evaluation.judges import Judges
@@ -98,6 +98,7 @@ class EvaluateJob:
             "evaluation": artifacts[0]["object_key"],
             "artifacts": artifacts,
             "metrics": finite(dict(result.metrics)),
+            "figures": finite(gate.figures(result, subject_id)),
         }
         session.persist(
             lambda: session.store.finish_job(

@@ -172,10 +172,20 @@ def delete_subject(store: Store, objects: ObjectStore, tenant: str, subject_id: 
 
 
 def delete_adapter(
-    store: Store, objects: ObjectStore, tenant: str, adapter_id: str, version: int | None = None
+    store: Store,
+    objects: ObjectStore,
+    tenant: str,
+    adapter_id: str,
+    version: int | None = None,
+    *,
+    alias: str = "",
 ) -> list[Adapter]:
-    """Delete one version of an adapter, or all, with their files. Raises ADAPTER_NOT_FOUND."""
-    deleted = store.delete_adapter(tenant, adapter_id, version)
+    """Delete one version of an adapter, or all, with their files.
+
+    Raises:
+        MooringError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ADAPTER_IN_USE.
+    """
+    deleted = store.delete_adapter(tenant, adapter_id, version, alias=alias)
     for adapter in deleted:
         objects.delete(adapter.object_key)
     return deleted

@@ -15,12 +15,13 @@ from mooring_server.jobs import subjects as lifecycle
 from mooring_server.jobs.imports import ImportRequest, import_adapter
 from mooring_server.rpc import caller, convert, names, transfer
 from mooring_server.rpc.edge import Context
-from mooring_server.rpc.runtime import Provide, Runtime
+from mooring_server.rpc.publishing import Publishing
+from mooring_server.rpc.runtime import Provide, Runtime, find_adapter
 from mooring_server.rpc.transfer import IncomingFile
 from mooring_server.storage.database import check_text
 
 
-class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
+class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
     """Adapters over the store.
 
     Args:
@@ -28,17 +29,15 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
     """
 
     def __init__(self, runtime: Provide) -> None:
-        self._runtime = runtime
+        super().__init__(runtime)
         self._importing = asyncio.Lock()  # one conversion at a time: each holds its file several times over
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         """See the contract."""
         del context
         where = names.resolve_adapter(caller.tenant(), request.name)
-        record = await asyncio.to_thread(
-            self._runtime().store.get_adapter, where.tenant, where.id, where.version
-        )
-        return pb.GetAdapterResponse(adapter=convert.adapter(record, layers=True))
+        found = await asyncio.to_thread(_describe, self._runtime(), where, show_deleted=request.show_deleted)
+        return pb.GetAdapterResponse(adapter=found)
 
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, context: Context
@@ -46,15 +45,7 @@ class AdapterServicer(adapter_pb2_grpc.AdapterServiceServicer):
         """See the contract."""
         del context
         tenant = names.check_parent(caller.tenant(), request.parent)
-        records, token = await asyncio.to_thread(
-            self._runtime().store.list_adapters,
-            tenant,
-            page_size=request.page_size,
-            page_token=request.page_token,
-        )
-        return pb.ListAdaptersResponse(
-            adapters=[convert.adapter(record, layers=False) for record in records], next_page_token=token
-        )
+        return await asyncio.to_thread(_list, self._runtime(), tenant, request)
 
     async def DeleteAdapter(
         self, request: pb.DeleteAdapterRequest, context: Context
@@ -206,15 +197,38 @@ def _protocol(field: str, problem: str) -> MooringError:
     )
 
 
+def _describe(runtime: Runtime, where: names.Resolved, *, show_deleted: bool) -> pb.Adapter:
+    record = runtime.store.get_adapter(
+        where.tenant, where.id, where.version, alias=where.alias, show_deleted=show_deleted
+    )
+    aliases, decision = runtime.store.standing(record.tenant, [record])[record.name]
+    return convert.adapter(record, layers=True, aliases=aliases, gate_decision=decision)
+
+
+def _list(runtime: Runtime, tenant: str, request: pb.ListAdaptersRequest) -> pb.ListAdaptersResponse:
+    records, token = runtime.store.list_adapters(
+        tenant,
+        show_deleted=request.show_deleted,
+        page_size=request.page_size,
+        page_token=request.page_token,
+    )
+    standing = runtime.store.standing(tenant, records)
+    found = []
+    for record in records:
+        aliases, decision = standing[record.name]
+        found.append(convert.adapter(record, layers=False, aliases=aliases, gate_decision=decision))
+    return pb.ListAdaptersResponse(adapters=found, next_page_token=token)
+
+
 def _delete(runtime: Runtime, where: names.Resolved) -> None:
     for deleted in lifecycle.delete_adapter(
-        runtime.store, runtime.objects, where.tenant, where.id, where.version
+        runtime.store, runtime.objects, where.tenant, where.id, where.version, alias=where.alias
     ):
         runtime.adapters.forget(deleted.object_key)
 
 
 def _files(runtime: Runtime, where: names.Resolved, form: int) -> dict[str, bytes]:
-    record = runtime.store.get_adapter(where.tenant, where.id, where.version)
+    record = find_adapter(runtime, where)
     weights = runtime.adapters.get(record)
     if form == pb.ADAPTER_FORMAT_DIFFUSERS:
         return export_diffusers(weights)

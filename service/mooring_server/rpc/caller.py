@@ -55,6 +55,11 @@ def tenant() -> str:
     return CALLER.get().tenant
 
 
+def actor() -> str:
+    """Who calls, for the record of what was decided: a key's id, a token's subject, a certificate's name."""
+    return CALLER.get().identity.subject
+
+
 def anywhere() -> bool:
     """Whether this call may name other tenants' resources: an operator in a call that allows it."""
     caller = CALLER.get()

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from google.protobuf import timestamp_pb2
 from google.rpc import status_pb2
 from mooring.v1 import adapter_pb2, evaluation_pb2, job_pb2, media_pb2, subject_pb2, training_pb2
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.rpc import names, status
-from mooring_server.storage.models import Adapter, Document, Job, JobEvent, JobState, Photo, Subject
+from mooring_server.rpc import convert_gate, names, status
+from mooring_server.rpc.times import timestamp
+from mooring_server.storage.models import (
+    Adapter,
+    Document,
+    GateDecision,
+    Job,
+    JobEvent,
+    JobState,
+    Photo,
+    Subject,
+)
 from mooring_server.training.config import TrainConfig
 
 KINDS: Mapping[str, job_pb2.JobKind.ValueType] = {
@@ -28,13 +37,6 @@ _TARGETS = {"attention": "ATTENTION", "attention+ff": "ATTENTION_FF"}
 _SMALLER_IS_BETTER = ("pres", "generic_change", "drift")
 
 T = TypeVar("T")
-
-
-def timestamp(seconds: float) -> timestamp_pb2.Timestamp:
-    """Seconds since the epoch, to the microsecond."""
-    stamp = timestamp_pb2.Timestamp()
-    stamp.FromMicroseconds(round(seconds * 1e6))
-    return stamp
 
 
 # ---------------------------------------------------------------------------------------------- subjects
@@ -105,8 +107,21 @@ def photo(record: Photo) -> subject_pb2.Photo:
 # ---------------------------------------------------------------------------------------------- adapters
 
 
-def adapter(record: Adapter, *, layers: bool) -> adapter_pb2.Adapter:
-    """An adapter version; its certificate's layers only when asked for."""
+def adapter(
+    record: Adapter,
+    *,
+    layers: bool,
+    aliases: Sequence[str] = (),
+    gate_decision: GateDecision | None = None,
+) -> adapter_pb2.Adapter:
+    """An adapter version.
+
+    Args:
+        record: the version.
+        layers: whether to show its certificate's layers.
+        aliases: those that point to it.
+        gate_decision: the newest one about it.
+    """
     made = adapter_pb2.Adapter(
         name=names.adapter(record.tenant, record.name),
         version=record.version,
@@ -121,7 +136,12 @@ def adapter(record: Adapter, *, layers: bool) -> adapter_pb2.Adapter:
         method=str(record.summary.get("method", "")),
         drift_budget=record.summary.get("budget"),
         create_time=timestamp(record.create_time),
+        aliases=aliases,
     )
+    if record.delete_time is not None:
+        made.delete_time.CopyFrom(timestamp(record.delete_time))
+    if gate_decision is not None:
+        made.gate_decision.CopyFrom(convert_gate.decision(gate_decision))
     source = record.summary.get("source")
     if source is not None:
         made.source.CopyFrom(

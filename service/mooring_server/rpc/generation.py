@@ -26,7 +26,7 @@ from mooring_server.engine.tasks import TaskHandle
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import names
 from mooring_server.rpc.edge import Context
-from mooring_server.rpc.runtime import Runtime
+from mooring_server.rpc.runtime import Runtime, find_adapter
 
 MAX_PROMPT_CHARACTERS = 8192
 """Longer prompts are refused before they are tokenized: no text encoder takes a fraction of it."""
@@ -142,7 +142,7 @@ def _invalid(field: str, problem: str) -> MooringError:
 
 def _adapter(runtime: Runtime, tenant: str, name: str, field: str, scale: float) -> tuple[str, AdapterUse]:
     where = names.resolve_adapter(tenant, name, field)
-    adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
+    adapter = find_adapter(runtime, where)
     return names.adapter(tenant, adapter.name), AdapterUse(runtime.adapters.get(adapter), scale)
 
 

@@ -15,6 +15,7 @@ from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import caller, convert, names, transfer
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
+from mooring_server.rpc.times import timestamp
 from mooring_server.storage.models import Document, Job, JobEvent, JobState
 
 WATCH_POLL_SECONDS = 1.0
@@ -92,7 +93,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                     if not told_end:
                         yield pb.WatchJobResponse(
                             sequence=job.last_event,
-                            event_time=convert.timestamp(job.update_time),
+                            event_time=timestamp(job.update_time),
                             job=convert.job(job),
                         )
                     return
@@ -144,7 +145,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
 
 
 def _event(runtime: Runtime, job: Job, event: JobEvent) -> pb.WatchJobResponse:
-    message = pb.WatchJobResponse(sequence=event.seq, event_time=convert.timestamp(event.time))
+    message = pb.WatchJobResponse(sequence=event.seq, event_time=timestamp(event.time))
     if event.kind == "state":
         # `job` was read before the event: read it again when the event is newer than what we know.
         if event.seq > job.last_event:

@@ -24,16 +24,27 @@ _ID_RE = re.compile(_ID)
 _PARENT_RE = re.compile(rf"tenants/{_TENANT}")
 _SUBJECT_RE = re.compile(rf"tenants/{_TENANT}/subjects/(?P<id>{_ID})")
 _JOB_RE = re.compile(rf"tenants/{_TENANT}/jobs/(?P<id>[a-z0-9][a-z0-9-]{{0,62}})")
-_ADAPTER_RE = re.compile(rf"tenants/{_TENANT}/adapters/(?P<id>{_ID})(?:@(?P<version>[1-9][0-9]{{0,8}}))?")
+_ADAPTER_RE = re.compile(
+    rf"tenants/{_TENANT}/adapters/(?P<id>{_ID})(?:@(?:(?P<version>[1-9][0-9]{{0,8}})|(?P<alias>{_ID})))?"
+)
+_GATE_POLICY_RE = re.compile(rf"tenants/{_TENANT}/gatePolicy")
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where to look: tenant (`NOBODY` for another's), id, and an adapter's version (None: the newest)."""
+    """Where to look.
+
+    Attributes:
+        tenant: whose it is; `NOBODY` for another's.
+        id: of the thing.
+        version: of an adapter; None for the newest, or where there is an alias.
+        alias: of an adapter; "" for none.
+    """
 
     tenant: str
     id: str
     version: int | None = None
+    alias: str = ""
 
 
 def parent(tenant: str) -> str:
@@ -54,6 +65,16 @@ def adapter(tenant: str, adapter_at_version: str) -> str:
 def job(tenant: str, job_id: str) -> str:
     """`tenants/{tenant}/jobs/{job}`."""
     return f"tenants/{tenant}/jobs/{job_id}"
+
+
+def gate_policy(tenant: str) -> str:
+    """`tenants/{tenant}/gatePolicy`."""
+    return f"tenants/{tenant}/gatePolicy"
+
+
+def gate_decision(tenant: str, decision_id: str) -> str:
+    """`tenants/{tenant}/gateDecisions/{gate_decision}`."""
+    return f"tenants/{tenant}/gateDecisions/{decision_id}"
 
 
 def check_parent(caller: str, value: str, field: str = "parent", *, anywhere: bool = False) -> str:
@@ -82,6 +103,18 @@ def check_parent(caller: str, value: str, field: str = "parent", *, anywhere: bo
     return caller
 
 
+def check_gate_policy(caller: str, value: str, field: str) -> str:
+    """The caller's tenant when `value` is empty or names its gate policy.
+
+    Raises:
+        MooringError: BAD_RESOURCE_NAME; NOT_ALLOWED for any other tenant, whether or not it exists.
+    """
+    if not value:
+        return caller
+    match = _match(_GATE_POLICY_RE, value, field, "tenants/{tenant}/gatePolicy")
+    return check_parent(caller, parent(match["tenant"]), field)
+
+
 def resolve_subject(caller: str, value: str, field: str = "name") -> Resolved:
     """Parse a subject's name. Raises BAD_RESOURCE_NAME."""
     match = _match(_SUBJECT_RE, value, field, "tenants/{tenant}/subjects/{subject}")
@@ -96,10 +129,12 @@ def resolve_job(caller: str, value: str, field: str = "name", *, anywhere: bool 
 
 
 def resolve_adapter(caller: str, value: str, field: str = "name") -> Resolved:
-    """Parse an adapter's name with or without its version. Raises BAD_RESOURCE_NAME."""
+    """Parse an adapter's name, with its version, with an alias, or with neither. Raises BAD_RESOURCE_NAME."""
     match = _match(_ADAPTER_RE, value, field, "tenants/{tenant}/adapters/{adapter}@{version}")
     version = match["version"]
-    return Resolved(_tenant(caller, match), match["id"], int(version) if version else None)
+    return Resolved(
+        _tenant(caller, match), match["id"], int(version) if version else None, match["alias"] or ""
+    )
 
 
 def check_id(value: str, field: str) -> str:

@@ -21,7 +21,7 @@ from mooring_server.jobs.photos import MAX_PHOTO_BYTES
 from mooring_server.rpc import caller, convert, generation, images, names, quotas, status
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
-from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
+from mooring_server.rpc.runtime import Provide, Runtime, find_adapter, require_no_drain
 from mooring_server.storage.models import Job, Subject
 from mooring_server.storage.subjects import MAX_PHOTOS
 from mooring_server.training.config import PRESETS, Method, TrainConfig
@@ -231,7 +231,7 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
     adapter = None
     if request.adapter:
         where = names.resolve_adapter(tenant, request.adapter, "adapter")
-        adapter = runtime.store.get_adapter(where.tenant, where.id, where.version)
+        adapter = find_adapter(runtime, where)
         require_base(adapter, runtime.base.digest)
     if request.subject:
         where = names.resolve_subject(tenant, request.subject, "subject")

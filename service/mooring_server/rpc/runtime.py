@@ -14,7 +14,9 @@ from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.rpc.edge import Gate
+from mooring_server.rpc.names import Resolved
 from mooring_server.rpc.quotas import DeviceTime, Quotas
+from mooring_server.storage.models import Adapter
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
 from mooring_server.telemetry.metrics import Metrics
@@ -53,6 +55,11 @@ class Runtime:
 
 Provide = Callable[[], Runtime]
 """Gives the runtime; only called once the gate lets calls through."""
+
+
+def find_adapter(runtime: Runtime, where: Resolved) -> Adapter:
+    """The version that a name means now. Blocking. Raises ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND."""
+    return runtime.store.get_adapter(where.tenant, where.id, where.version, alias=where.alias)
 
 
 def require_no_drain(gate: Gate) -> None:

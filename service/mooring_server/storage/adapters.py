@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
@@ -73,7 +74,7 @@ class Adapters(Jobs):
                 connection, tenant, "ImportAdapter", request_id, payload=payload, resource=object_key
             )
             if made_before:
-                return _adapter(self._one(connection, tenant, adapter_id, object_key=made_before))
+                return adapter_of(self._version_row(connection, tenant, adapter_id, object_key=made_before))
             if job_id is None:
                 self.require_room(connection, tenant, adapters=1, size_bytes=size_bytes)
             job = None if job_id is None else self._held(connection, tenant, job_id, lease)
@@ -113,10 +114,32 @@ class Adapters(Jobs):
             self._notify(tenant, job_id)
         return adapter
 
-    def get_adapter(self, tenant: str, adapter_id: str, version: int | None = None) -> Adapter:
-        """That version, or the newest one that is not deleted. Raises ADAPTER_NOT_FOUND."""
+    def get_adapter(
+        self,
+        tenant: str,
+        adapter_id: str,
+        version: int | None = None,
+        *,
+        alias: str = "",
+        show_deleted: bool = False,
+    ) -> Adapter:
+        """That version, the one that an alias points to, or else the newest one that is not deleted.
+
+        Args:
+            tenant: whose adapter.
+            adapter_id: its id.
+            version: its number; None for the newest.
+            alias: look the version up here instead.
+            show_deleted: a version that was deleted is found by its number.
+
+        Raises:
+            MooringError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND.
+        """
         with self.reading() as connection:
-            return _adapter(self._one(connection, tenant, adapter_id, version=version))
+            row = self._version_row(
+                connection, tenant, adapter_id, version, alias=alias, show_deleted=show_deleted
+            )
+        return adapter_of(row)
 
     def list_adapters(
         self,
@@ -124,15 +147,17 @@ class Adapters(Jobs):
         *,
         adapter_id: str = "",
         subject_id: str = "",
+        show_deleted: bool = False,
         page_size: int = 0,
         page_token: str = "",
     ) -> tuple[list[Adapter], str]:
-        """Versions that are not deleted, newest first, and the next page's token.
+        """Versions, newest first, and the next page's token.
 
         Args:
             tenant: whose adapters.
             adapter_id: only this one's versions; all when "".
             subject_id: only those trained on this subject; all when "".
+            show_deleted: those that were deleted too.
             page_size: 0 for the default.
             page_token: from the page before, with the same other arguments.
 
@@ -140,10 +165,11 @@ class Adapters(Jobs):
             MooringError: BAD_PAGE_TOKEN.
         """
         table = schema.adapters
-        signature = ["adapters", tenant, adapter_id, subject_id]
+        signature = ["adapters", tenant, adapter_id, subject_id, *(["deleted"] if show_deleted else [])]
         size, cursor, next_token = self.page(page_size, page_token, signature)
-        query = select(table).filter_by(tenant=tenant, delete_time=None).limit(size + 1)
-        query = query.order_by(table.c.number.desc())
+        query = select(table).filter_by(tenant=tenant).limit(size + 1).order_by(table.c.number.desc())
+        if not show_deleted:
+            query = query.filter_by(delete_time=None)
         if adapter_id:
             query = query.filter_by(adapter_id=adapter_id)
         if subject_id:
@@ -152,52 +178,124 @@ class Adapters(Jobs):
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        adapters = [_adapter(row) for row in rows[:size]]
+        adapters = [adapter_of(row) for row in rows[:size]]
         return adapters, next_token(rows, lambda row: [row.number])
 
-    def delete_adapter(self, tenant: str, adapter_id: str, version: int | None = None) -> list[Adapter]:
+    def delete_adapter(
+        self, tenant: str, adapter_id: str, version: int | None = None, *, alias: str = ""
+    ) -> list[Adapter]:
         """Leave a tombstone: the version (or all) is gone, and its number is never used again.
+
+        Args:
+            tenant: whose adapter.
+            adapter_id: its id.
+            version: which version; None for all of them.
+            alias: look the version up here instead; it is then refused, because the alias points to it.
 
         Returns:
             The deleted versions; their `object_key`s may now be removed.
 
         Raises:
-            MooringError: ADAPTER_NOT_FOUND.
+            MooringError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND; ADAPTER_IN_USE when an alias points to a version
+                that would go: nothing is deleted then.
         """
         table = schema.adapters
         key: dict[str, Any] = {"tenant": tenant, "adapter_id": adapter_id, "delete_time": None}
-        if version is not None:
-            key["version"] = version
         with self.writing() as connection:
+            self.lock_adapter(connection, tenant, adapter_id)
+            if alias:
+                version = self._version_row(connection, tenant, adapter_id, alias=alias).version
+            if version is not None:
+                key["version"] = version
+            pointing = self._aliases_of(connection, tenant, adapter_id, version)
+            if pointing:
+                raise _in_use(adapter_id, version, pointing)
             buried = update(table).filter_by(**key).values(delete_time=self.now(connection))
             rows = connection.execute(buried.returning(table)).all()
         if not rows:
             raise _not_found(adapter_id, version)
-        return [_adapter(row) for row in rows]
+        return [adapter_of(row) for row in rows]
 
-    def _one(
+    # -- inside a transaction ------------------------------------------------------------------------------
+
+    def lock_adapter(self, connection: Connection, tenant: str, adapter_id: str) -> None:
+        """Let one transaction at a time change an adapter's versions and aliases (SQLite does so anyway)."""
+        connection.execute(
+            select(schema.adapter_heads).filter_by(tenant=tenant, adapter_id=adapter_id).with_for_update()
+        )
+
+    def _version_row(
         self,
         connection: Connection,
         tenant: str,
         adapter_id: str,
-        *,
         version: int | None = None,
+        *,
+        alias: str = "",
         object_key: str = "",
+        show_deleted: bool = False,
     ) -> Row[Any]:
+        if alias:
+            pointers = schema.adapter_aliases
+            pointed = select(pointers.c.version).filter_by(tenant=tenant, adapter_id=adapter_id, alias=alias)
+            version = connection.scalar(pointed)
+            if version is None:
+                raise alias_not_found(adapter_id, alias)
         table = schema.adapters
-        query = select(table).filter_by(tenant=tenant, adapter_id=adapter_id, delete_time=None)
+        query = select(table).filter_by(tenant=tenant, adapter_id=adapter_id)
         if version is not None:
             query = query.filter_by(version=version)
+        elif not object_key:
+            query = query.filter_by(delete_time=None)
         if object_key:
             query = query.filter_by(object_key=object_key)
         row = connection.execute(query.order_by(table.c.version.desc()).limit(1)).one_or_none()
         if row is None:
             raise _not_found(adapter_id, version)
+        if row.delete_time is not None and not show_deleted:
+            raise _not_found(adapter_id, version, deleted=row.delete_time)
         return row
 
+    def _aliases_of(
+        self, connection: Connection, tenant: str, adapter_id: str, version: int | None
+    ) -> list[tuple[str, int]]:
+        table = schema.adapter_aliases
+        query = select(table.c.alias, table.c.version).filter_by(tenant=tenant, adapter_id=adapter_id)
+        if version is not None:
+            query = query.filter_by(version=version)
+        return [(row.alias, row.version) for row in connection.execute(query.order_by(table.c.alias))]
 
-def _not_found(adapter_id: str, version: int | None) -> MooringError:
+
+def alias_not_found(adapter_id: str, alias: str) -> MooringError:
+    """The same words whether or not the adapter exists."""
+    return MooringError(
+        Reason.ALIAS_NOT_FOUND,
+        f"Adapter {adapter_id!r} has no alias {alias!r}.",
+        remedy="List the aliases, or publish a version of it first.",
+    )
+
+
+def _in_use(adapter_id: str, version: int | None, pointing: list[tuple[str, int]]) -> MooringError:
+    what = adapter_id if version is None else f"{adapter_id}@{version}"
+    names = ", ".join(alias if version is not None else f"{alias} → {found}" for alias, found in pointing)
+    return MooringError(
+        Reason.ADAPTER_IN_USE,
+        f"Adapter {what!r} is not deleted: an alias points to it ({names}).",
+        remedy="Publish another version, roll back, or delete the alias first.",
+        metadata={"aliases": ", ".join(alias for alias, _ in pointing)},
+    )
+
+
+def _not_found(adapter_id: str, version: int | None, *, deleted: float | None = None) -> MooringError:
     name = adapter_id if version is None else f"{adapter_id}@{version}"
+    if deleted is not None:
+        when = datetime.fromtimestamp(deleted, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        return MooringError(
+            Reason.ADAPTER_NOT_FOUND,
+            f"Adapter {name!r} was deleted on {when}.",
+            remedy="Its number is not given again; list the adapters to see which there are.",
+            metadata={"delete_time": when},
+        )
     return MooringError(
         Reason.ADAPTER_NOT_FOUND,
         f"Adapter {name!r} does not exist.",
@@ -205,7 +303,8 @@ def _not_found(adapter_id: str, version: int | None) -> MooringError:
     )
 
 
-def _adapter(row: Row[Any]) -> Adapter:
+def adapter_of(row: Row[Any]) -> Adapter:
+    """The record of a row."""
     values = dict(row._mapping)  # noqa: SLF001
     values["job_id"] = values["job_id"] or ""
     del values["number"]

@@ -57,7 +57,7 @@ class Jobs(Usage):
                 connection, tenant, f"CreateJob/{kind}", request_id, payload=spec, resource=job_id
             )
             if made_before:
-                return _job(self._job_row(connection, tenant, made_before))
+                return job_of(self._job_row(connection, tenant, made_before))
             self.require_room(connection, tenant, jobs=1, adapters=int(kind == "train"))
             now = self.now(connection)
             values = {
@@ -77,14 +77,14 @@ class Jobs(Usage):
             }
             insert_row(connection, schema.jobs, values)
             self._append(connection, tenant, job_id, "state", {"state": JobState.PENDING})
-            job = _job(self._job_row(connection, tenant, job_id))
+            job = job_of(self._job_row(connection, tenant, job_id))
         self._notify(tenant, job_id)
         return job
 
     def get_job(self, tenant: str, job_id: str) -> Job:
         """The job. Raises JOB_NOT_FOUND."""
         with self.reading() as connection:
-            return _job(self._job_row(connection, tenant, job_id))
+            return job_of(self._job_row(connection, tenant, job_id))
 
     def list_jobs(
         self,
@@ -119,7 +119,7 @@ class Jobs(Usage):
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        return [_job(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
+        return [job_of(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
 
     def request_cancel(self, tenant: str, job_id: str) -> Job:
         """Ask for the job to stop.
@@ -144,7 +144,7 @@ class Jobs(Usage):
                 self._finish(connection, row, JobState.CANCELLED, result=None, error=None)
             elif row.state == JobState.RUNNING and not row.cancel_requested:
                 self._set(connection, row, cancel_requested=True)
-            job = _job(self._job_row(connection, tenant, job_id))
+            job = job_of(self._job_row(connection, tenant, job_id))
         self._notify(tenant, job_id)
         return job
 
@@ -389,7 +389,7 @@ class Jobs(Usage):
     def _set(self, connection: Connection, row: Row[Any], **values: Any) -> Job:
         key = {"tenant": row.tenant, "job_id": row.job_id}
         changed = update(schema.jobs).filter_by(**key).values(update_time=self.now(connection), **values)
-        return _job(connection.execute(changed.returning(schema.jobs)).one())
+        return job_of(connection.execute(changed.returning(schema.jobs)).one())
 
     def _append(self, connection: Connection, tenant: str, job_id: str, kind: str, payload: Document) -> Job:
         """Append an event; the caller holds the job's row, so numbers have no gaps and no duplicates."""
@@ -397,7 +397,7 @@ class Jobs(Usage):
         numbered = (
             update(jobs).filter_by(tenant=tenant, job_id=job_id).values(last_event=jobs.c.last_event + 1)
         )
-        job = _job(connection.execute(numbered.returning(jobs)).one())
+        job = job_of(connection.execute(numbered.returning(jobs)).one())
         values = {
             "tenant": tenant,
             "job_id": job_id,
@@ -421,7 +421,8 @@ class LeaseLostError(Exception):
     """The job was taken over, finished or deleted: this runner must stop and write nothing more."""
 
 
-def _job(row: Row[Any]) -> Job:
+def job_of(row: Row[Any]) -> Job:
+    """The record of a row."""
     values = dict(row._mapping)  # noqa: SLF001
     del values["number"]
     values["state"] = JobState(values["state"])

@@ -167,3 +167,90 @@ class Adapter:
     def name(self) -> str:
         """``<adapter_id>@<version>``."""
         return f"{self.adapter_id}@{self.version}"
+
+
+class Verdict(StrEnum):
+    """How the gate decided about a version that was to be published."""
+
+    PASSED = "PASSED"
+    REFUSED = "REFUSED"
+    WARNED = "WARNED"
+    NOT_CHECKED = "NOT_CHECKED"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the gate found, before it is written down: its verdict, its checks and the complete policy."""
+
+    verdict: Verdict
+    checks: list[Document]
+    policy: Document
+    evaluation_job_id: str
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """A judgement as it was written down; never changed afterwards."""
+
+    tenant: str
+    decision_id: str
+    adapter_id: str
+    version: int
+    digest: str
+    base_digest: str
+    alias: str
+    verdict: Verdict
+    checks: list[Document]
+    policy: Document
+    policy_revision: int
+    evaluation_job_id: str
+    actor: str
+    create_time: float
+
+
+@dataclass(frozen=True)
+class GatePolicyRow:
+    """A tenant's gate policy; `policy` is None while nobody has changed the default."""
+
+    tenant: str
+    revision: int
+    policy: Document | None
+    actor: str
+    update_time: float | None
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Where an alias points, and where a rollback would take it (None: nowhere)."""
+
+    tenant: str
+    adapter_id: str
+    alias: str
+    version: int
+    digest: str
+    previous_version: int | None
+    update_time: float
+    actor: str
+
+
+class MoveKind(StrEnum):
+    """What moved an alias."""
+
+    PUBLISH = "PUBLISH"
+    ROLL_BACK = "ROLL_BACK"
+    DELETE = "DELETE"
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One entry of an alias's history; a version of None is "points nowhere"."""
+
+    tenant: str
+    adapter_id: str
+    alias: str
+    kind: MoveKind
+    version: int | None
+    previous_version: int | None
+    decision_id: str
+    actor: str
+    create_time: float

@@ -200,3 +200,80 @@ adapters = Table(
     UniqueConstraint("tenant", "job_id"),  # a job publishes once, however often it is resumed
     sqlite_autoincrement=True,
 )
+
+gate_policies = Table(
+    "gate_policies",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("policy", JSON(none_as_null=True)),
+    Column("actor", Text, nullable=False),
+    Column("update_time", Double),
+    comment="What a version must show to be published; NULL: the software's default. Publishing locks it.",
+)
+
+gate_decisions = Table(
+    "gate_decisions",
+    metadata,
+    _number(),
+    Column("tenant", _ID, nullable=False),
+    Column("decision_id", _ID, nullable=False),
+    Column("adapter_id", _ID, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("base_digest", Text, nullable=False),
+    Column("alias", _ID, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("checks", JSON, nullable=False),
+    Column("policy", JSON, nullable=False),
+    Column("policy_revision", Integer, nullable=False),
+    Column("evaluation_job_id", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("create_time", Double, nullable=False),
+    ForeignKeyConstraint(
+        ["tenant", "adapter_id", "version"],
+        ["adapters.tenant", "adapters.adapter_id", "adapters.version"],
+        name="gate_decisions_adapter",
+    ),
+    UniqueConstraint("tenant", "decision_id"),
+    Index("gate_decisions_by_adapter", "tenant", "adapter_id", "version", "number"),
+    comment="Append-only: what the gate found, by which policy, and who asked.",
+    sqlite_autoincrement=True,
+)
+
+adapter_aliases = Table(
+    "adapter_aliases",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("adapter_id", _ID, primary_key=True),
+    Column("alias", _ID, primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("move", BigInteger, nullable=False),
+    ForeignKeyConstraint(
+        ["tenant", "adapter_id", "version"],
+        ["adapters.tenant", "adapters.adapter_id", "adapters.version"],
+        name="adapter_aliases_adapter",
+    ),
+    comment="Where aliases point; `move` is the number of the history's entry that put it there.",
+)
+
+alias_moves = Table(
+    "alias_moves",
+    metadata,
+    _number(),
+    Column("tenant", _ID, nullable=False),
+    Column("adapter_id", _ID, nullable=False),
+    Column("alias", _ID, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("version", Integer),
+    Column("previous_version", Integer),
+    Column("came_from", BigInteger),
+    Column("move_id", _ID, nullable=False),
+    Column("decision_id", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("create_time", Double, nullable=False),
+    UniqueConstraint("tenant", "move_id"),
+    Index("alias_moves_by_adapter", "tenant", "adapter_id", "number"),
+    comment="Append-only history of aliases; `came_from` is the entry that a rollback goes back to.",
+    sqlite_autoincrement=True,
+)

@@ -6,10 +6,10 @@ tenant first and sees only that tenant's rows: what belongs to another looks lik
 
 from __future__ import annotations
 
-from mooring_server.storage.adapters import Adapters
+from mooring_server.storage.aliases import Aliases
 from mooring_server.storage.keys import Keys
 from mooring_server.storage.subjects import Subjects
 
 
-class Store(Subjects, Adapters, Keys):
+class Store(Subjects, Aliases, Keys):
     """Everything that is kept in SQL; `Store(url)` opens it and creates missing tables."""

@@ -91,6 +91,9 @@ class Metrics:
             "mooring_adapter_load_seconds", "A tier's own part of loading an adapter.", _LOADS, ["tier"]
         )
         self.photos = self._counter("mooring_photos", "Uploaded photos, by outcome.", ["outcome"])
+        self.gate_decisions = self._counter(
+            "mooring_gate_decisions", "Decisions of the gate on versions to be published.", ["verdict"]
+        )
         self.device_bytes = self._gauge(
             "mooring_device_bytes", "Bytes on the device that are known, by kind.", ["kind"]
         )

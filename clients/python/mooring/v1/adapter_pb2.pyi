@@ -5,10 +5,12 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mooring.v1 import gate_pb2 as _gate_pb2
 from mooring.v1 import media_pb2 as _media_pb2
 from mooring.v1 import subject_pb2 as _subject_pb2
 import builtins as _builtins
@@ -104,6 +106,9 @@ class Adapter(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    GATE_DECISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tenants/{tenant}/adapters/{adapter}@{version}`."""
     version: _builtins.int
@@ -144,6 +149,18 @@ class Adapter(_message.Message):
     def source(self) -> Global___ImportSource:
         """Where an imported adapter came from. Absent for one that was trained here."""
 
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When the version was deleted. Absent for one that exists; one that was deleted cannot be used, and its file is gone."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The aliases that point to it, such as "live", in the order of their names."""
+
+    @_builtins.property
+    def gate_decision(self) -> _gate_pb2.GateDecision:
+        """The gate's newest decision about it. Absent when it was never to be published."""
+
     def __init__(
         self,
         *,
@@ -163,10 +180,13 @@ class Adapter(_message.Message):
         certificate: Global___Certificate | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         source: Global___ImportSource | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        gate_decision: _gate_pb2.GateDecision | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "certificate", b"certificate", "create_time", b"create_time", "drift", b"drift", "drift_budget", b"drift_budget", "source", b"source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "certificate", b"certificate", "create_time", b"create_time", "delete_time", b"delete_time", "drift", b"drift", "drift_budget", b"drift_budget", "gate_decision", b"gate_decision", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "base_digest", b"base_digest", "certificate", b"certificate", "class_noun", b"class_noun", "create_time", b"create_time", "digest", b"digest", "drift", b"drift", "drift_budget", b"drift_budget", "job", b"job", "method", b"method", "name", b"name", "placeholder", b"placeholder", "rank", b"rank", "size_bytes", b"size_bytes", "source", b"source", "subject", b"subject", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget", "aliases", b"aliases", "base_digest", b"base_digest", "certificate", b"certificate", "class_noun", b"class_noun", "create_time", b"create_time", "delete_time", b"delete_time", "digest", b"digest", "drift", b"drift", "drift_budget", b"drift_budget", "gate_decision", b"gate_decision", "job", b"job", "method", b"method", "name", b"name", "placeholder", b"placeholder", "rank", b"rank", "size_bytes", b"size_bytes", "source", b"source", "subject", b"subject", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__drift_budget: _TypeAlias = _typing.Literal["drift_budget"]  # noqa: Y015
     _WhichOneofArgType__drift_budget: _TypeAlias = _typing.Literal["_drift_budget", b"_drift_budget"]  # noqa: Y015
@@ -422,16 +442,22 @@ class GetAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for the newest version."""
+    """`tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place, or without
+    either for the newest version.
+    """
+    show_deleted: _builtins.bool
+    """Return a version that was deleted, with its `delete_time`, rather than NOT_FOUND. Default: false."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -470,22 +496,26 @@ class ListAdaptersRequest(_message.Message):
     PARENT_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """`tenants/{tenant}`. Default: the caller's own tenant; no other is allowed."""
     page_size: _builtins.int
     """At most this many versions, 0 to 1,000 (more is taken as 1,000). Default (0): 50."""
     page_token: _builtins.str
     """`next_page_token` of the preceding page. Default: the first page."""
+    show_deleted: _builtins.bool
+    """List versions that were deleted too, with their `delete_time`. Default: false."""
     def __init__(
         self,
         *,
         parent: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -527,7 +557,9 @@ class DeleteAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for all versions."""
+    """`tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for all versions: all or, when an alias
+    points to one of them, none.
+    """
     def __init__(
         self,
         *,
@@ -567,7 +599,9 @@ class ExportAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenants/{tenant}/adapters/{adapter}@{version}`, or without `@{version}` for the newest version."""
+    """`tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place, or without
+    either for the newest version.
+    """
     format: Global___AdapterFormat.ValueType
     """The files to write. Default: NATIVE."""
     def __init__(
@@ -722,3 +756,462 @@ class ImportAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportAdapterResponse: _TypeAlias = ImportAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PublishAdapterRequest(_message.Message):
+    """Request of AdapterService.PublishAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The version to publish, `tenants/{tenant}/adapters/{adapter}@{version}`; an alias or the bare name stands for the
+    version that it means now.
+    """
+    alias: _builtins.str
+    """The alias to move: 1 to 63 lower-case letters, digits and hyphens, starting with a letter. Made when it does not
+    exist. Default: "live".
+    """
+    validate_only: _builtins.bool
+    """Only tell what the gate would decide: no alias is moved and no decision kept. A refusal is an error all the same.
+    Default: false.
+    """
+    request_id: _builtins.str
+    """A UUID that makes the call safe to repeat: a second call with the same id and contents returns the first call's
+    answer. A refused call is not remembered: repeated, it is decided anew.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishAdapterRequest: _TypeAlias = PublishAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PublishAdapterResponse(_message.Message):
+    """Response of AdapterService.PublishAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alias(self) -> _gate_pb2.AdapterAlias:
+        """The alias as this call left it. With `validate_only`, as the call would leave it."""
+
+    @_builtins.property
+    def decision(self) -> _gate_pb2.GateDecision:
+        """The gate's decision. With `validate_only` it has no name."""
+
+    def __init__(
+        self,
+        *,
+        alias: _gate_pb2.AdapterAlias | None = ...,
+        decision: _gate_pb2.GateDecision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishAdapterResponse: _TypeAlias = PublishAdapterResponse  # noqa: Y015
+
+@_typing.final
+class RollBackAdapterRequest(_message.Message):
+    """Request of AdapterService.RollBackAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter, `tenants/{tenant}/adapters/{adapter}`."""
+    alias: _builtins.str
+    """The alias to move back. Default: "live"."""
+    request_id: _builtins.str
+    """A UUID that makes the call safe to repeat: a second call with the same id and contents returns the first call's
+    answer rather than go further back.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackAdapterRequest: _TypeAlias = RollBackAdapterRequest  # noqa: Y015
+
+@_typing.final
+class RollBackAdapterResponse(_message.Message):
+    """Response of AdapterService.RollBackAdapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def alias(self) -> _gate_pb2.AdapterAlias:
+        """The alias as this call left it."""
+
+    def __init__(
+        self,
+        *,
+        alias: _gate_pb2.AdapterAlias | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollBackAdapterResponse: _TypeAlias = RollBackAdapterResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAliasRequest(_message.Message):
+    """Request of AdapterService.DeleteAlias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The alias, `tenants/{tenant}/adapters/{adapter}@{alias}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasRequest: _TypeAlias = DeleteAliasRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAliasResponse(_message.Message):
+    """Response of AdapterService.DeleteAlias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAliasResponse: _TypeAlias = DeleteAliasResponse  # noqa: Y015
+
+@_typing.final
+class ListAliasesRequest(_message.Message):
+    """Request of AdapterService.ListAliases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`tenants/{tenant}`. Default: the caller's own tenant; no other is allowed."""
+    adapter: _builtins.str
+    """Only the aliases of this adapter, `tenants/{tenant}/adapters/{adapter}`. Default: of all."""
+    page_size: _builtins.int
+    """At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the preceding page. Default: the first page."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasesRequest: _TypeAlias = ListAliasesRequest  # noqa: Y015
+
+@_typing.final
+class ListAliasesResponse(_message.Message):
+    """Response of AdapterService.ListAliases."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIASES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedCompositeFieldContainer[_gate_pb2.AdapterAlias]:
+        """One page of aliases."""
+
+    def __init__(
+        self,
+        *,
+        aliases: _abc.Iterable[_gate_pb2.AdapterAlias] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasesResponse: _TypeAlias = ListAliasesResponse  # noqa: Y015
+
+@_typing.final
+class ListAliasMovesRequest(_message.Message):
+    """Request of AdapterService.ListAliasMoves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter, `tenants/{tenant}/adapters/{adapter}`, or with `@{alias}` one of its aliases. What was never published
+    has an empty history.
+    """
+    page_size: _builtins.int
+    """At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the preceding page. Default: the first page."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasMovesRequest: _TypeAlias = ListAliasMovesRequest  # noqa: Y015
+
+@_typing.final
+class ListAliasMovesResponse(_message.Message):
+    """Response of AdapterService.ListAliasMoves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOVES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[_gate_pb2.AliasMove]:
+        """One page of history."""
+
+    def __init__(
+        self,
+        *,
+        moves: _abc.Iterable[_gate_pb2.AliasMove] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moves", b"moves", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAliasMovesResponse: _TypeAlias = ListAliasMovesResponse  # noqa: Y015
+
+@_typing.final
+class GetGatePolicyRequest(_message.Message):
+    """Request of AdapterService.GetGatePolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`tenants/{tenant}/gatePolicy`. Default: the caller's own; no other is allowed."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGatePolicyRequest: _TypeAlias = GetGatePolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetGatePolicyResponse(_message.Message):
+    """Response of AdapterService.GetGatePolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> _gate_pb2.GatePolicy:
+        """The policy in force."""
+
+    def __init__(
+        self,
+        *,
+        policy: _gate_pb2.GatePolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGatePolicyResponse: _TypeAlias = GetGatePolicyResponse  # noqa: Y015
+
+@_typing.final
+class UpdateGatePolicyRequest(_message.Message):
+    """Request of AdapterService.UpdateGatePolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    PRESET_FIELD_NUMBER: _builtins.int
+    preset: _gate_pb2.GatePreset.ValueType
+    """Start from this preset rather than from the policy in force. Default: the policy in force."""
+    @_builtins.property
+    def policy(self) -> _gate_pb2.GatePolicy:
+        """The new values. `name` may be left empty for the caller's own; no other is allowed."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields to take from `policy`; one that is named and not set there is no longer checked. "*" stands for all.
+        Default: the fields that are set.
+        """
+
+    def __init__(
+        self,
+        *,
+        policy: _gate_pb2.GatePolicy | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        preset: _gate_pb2.GatePreset.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "preset", b"preset", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGatePolicyRequest: _TypeAlias = UpdateGatePolicyRequest  # noqa: Y015
+
+@_typing.final
+class UpdateGatePolicyResponse(_message.Message):
+    """Response of AdapterService.UpdateGatePolicy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> _gate_pb2.GatePolicy:
+        """The policy in force now."""
+
+    def __init__(
+        self,
+        *,
+        policy: _gate_pb2.GatePolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateGatePolicyResponse: _TypeAlias = UpdateGatePolicyResponse  # noqa: Y015
+
+@_typing.final
+class ListGateDecisionsRequest(_message.Message):
+    """Request of AdapterService.ListGateDecisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """`tenants/{tenant}`. Default: the caller's own tenant; no other is allowed."""
+    adapter: _builtins.str
+    """Only decisions about this adapter, `tenants/{tenant}/adapters/{adapter}`, or this version of it, with
+    `@{version}`. Default: about all.
+    """
+    page_size: _builtins.int
+    """At most this many, 0 to 1,000 (more is taken as 1,000). Default (0): 50."""
+    page_token: _builtins.str
+    """`next_page_token` of the preceding page. Default: the first page."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGateDecisionsRequest: _TypeAlias = ListGateDecisionsRequest  # noqa: Y015
+
+@_typing.final
+class ListGateDecisionsResponse(_message.Message):
+    """Response of AdapterService.ListGateDecisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last one."""
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[_gate_pb2.GateDecision]:
+        """One page of decisions."""
+
+    def __init__(
+        self,
+        *,
+        decisions: _abc.Iterable[_gate_pb2.GateDecision] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGateDecisionsResponse: _TypeAlias = ListGateDecisionsResponse  # noqa: Y015

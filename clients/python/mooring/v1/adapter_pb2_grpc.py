@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """Adapters: what training yields. Versions are immutable and numbered from 1.
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
     """
 
     def __init__(self, channel):
@@ -60,10 +61,51 @@ class AdapterServiceStub:
                 request_serializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
                 response_deserializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.FromString,
                 _registered_method=True)
+        self.PublishAdapter = channel.unary_unary(
+                '/mooring.v1.AdapterService/PublishAdapter',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.PublishAdapterRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.PublishAdapterResponse.FromString,
+                _registered_method=True)
+        self.RollBackAdapter = channel.unary_unary(
+                '/mooring.v1.AdapterService/RollBackAdapter',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.RollBackAdapterRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.RollBackAdapterResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/mooring.v1.AdapterService/DeleteAlias',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/mooring.v1.AdapterService/ListAliases',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
+        self.ListAliasMoves = channel.unary_unary(
+                '/mooring.v1.AdapterService/ListAliasMoves',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.ListAliasMovesRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.ListAliasMovesResponse.FromString,
+                _registered_method=True)
+        self.GetGatePolicy = channel.unary_unary(
+                '/mooring.v1.AdapterService/GetGatePolicy',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.GetGatePolicyRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.GetGatePolicyResponse.FromString,
+                _registered_method=True)
+        self.UpdateGatePolicy = channel.unary_unary(
+                '/mooring.v1.AdapterService/UpdateGatePolicy',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyResponse.FromString,
+                _registered_method=True)
+        self.ListGateDecisions = channel.unary_unary(
+                '/mooring.v1.AdapterService/ListGateDecisions',
+                request_serializer=mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
-    """Adapters: what training yields. Versions are immutable and numbered from 1.
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
     """
 
     def GetAdapter(self, request, context):
@@ -81,7 +123,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes one version, or all versions of an adapter. A number is never given again.
+        """Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+        that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +143,66 @@ class AdapterServiceServicer:
         `adapter_config.json`) and kohya, files of learned token embeddings, and Mooring's own. Every tensor must fit a
         layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
         once; drift is not measured before an evaluation.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PublishAdapter(self, request, context):
+        """Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+        two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+        The decision is kept either way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBackAdapter(self, request, context):
+        """Lets an alias point again to the version before the one it was published from, without asking the gate: that
+        version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+        passed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Deletes an alias; its history stays. The versions are not touched.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Lists aliases with the versions they point to, in the order of their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliasMoves(self, request, context):
+        """Lists what happened to the aliases of an adapter, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGatePolicy(self, request, context):
+        """Returns the tenant's gate policy.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateGatePolicy(self, request, context):
+        """Changes the tenant's gate policy, for publications from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGateDecisions(self, request, context):
+        """Lists the gate's decisions, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +236,46 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.FromString,
                     response_serializer=mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.SerializeToString,
             ),
+            'PublishAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishAdapter,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.PublishAdapterRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.PublishAdapterResponse.SerializeToString,
+            ),
+            'RollBackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBackAdapter,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.RollBackAdapterRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.RollBackAdapterResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.ListAliasesRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.ListAliasesResponse.SerializeToString,
+            ),
+            'ListAliasMoves': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliasMoves,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.ListAliasMovesRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.ListAliasMovesResponse.SerializeToString,
+            ),
+            'GetGatePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGatePolicy,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.GetGatePolicyRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.GetGatePolicyResponse.SerializeToString,
+            ),
+            'UpdateGatePolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateGatePolicy,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyResponse.SerializeToString,
+            ),
+            'ListGateDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGateDecisions,
+                    request_deserializer=mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mooring.v1.AdapterService', rpc_method_handlers)
@@ -142,7 +285,8 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """Adapters: what training yields. Versions are immutable and numbered from 1.
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
     """
 
     @staticmethod
@@ -270,6 +414,222 @@ class AdapterService:
             '/mooring.v1.AdapterService/ImportAdapter',
             mooring_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
             mooring_dot_v1_dot_adapter__pb2.ImportAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/PublishAdapter',
+            mooring_dot_v1_dot_adapter__pb2.PublishAdapterRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.PublishAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/RollBackAdapter',
+            mooring_dot_v1_dot_adapter__pb2.RollBackAdapterRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.RollBackAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/DeleteAlias',
+            mooring_dot_v1_dot_adapter__pb2.DeleteAliasRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/ListAliases',
+            mooring_dot_v1_dot_adapter__pb2.ListAliasesRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.ListAliasesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliasMoves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/ListAliasMoves',
+            mooring_dot_v1_dot_adapter__pb2.ListAliasMovesRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.ListAliasMovesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGatePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/GetGatePolicy',
+            mooring_dot_v1_dot_adapter__pb2.GetGatePolicyRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.GetGatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateGatePolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/UpdateGatePolicy',
+            mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.UpdateGatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGateDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mooring.v1.AdapterService/ListGateDecisions',
+            mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsRequest.SerializeToString,
+            mooring_dot_v1_dot_adapter__pb2.ListGateDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """Adapters: what training yields. Versions are immutable and numbered from 1."""
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -38,7 +40,9 @@ class AdapterServiceStub:
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]
     """Lists adapter versions, newest first, without their certificates' layers."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
-    """Deletes one version, or all versions of an adapter. A number is never given again."""
+    """Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+    that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
+    """
     ExportAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]
     """Streams an adapter version as files: for each its `file` header, then its `chunk`s."""
     ImportAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]
@@ -48,10 +52,34 @@ class AdapterServiceStub:
     layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
     once; drift is not measured before an evaluation.
     """
+    PublishAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PublishAdapterRequest, _adapter_pb2.PublishAdapterResponse]
+    """Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+    two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+    The decision is kept either way.
+    """
+    RollBackAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RollBackAdapterRequest, _adapter_pb2.RollBackAdapterResponse]
+    """Lets an alias point again to the version before the one it was published from, without asking the gate: that
+    version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+    passed over.
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
+    """Deletes an alias; its history stays. The versions are not touched."""
+    ListAliases: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAliasesRequest, _adapter_pb2.ListAliasesResponse]
+    """Lists aliases with the versions they point to, in the order of their names."""
+    ListAliasMoves: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAliasMovesRequest, _adapter_pb2.ListAliasMovesResponse]
+    """Lists what happened to the aliases of an adapter, newest first."""
+    GetGatePolicy: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetGatePolicyRequest, _adapter_pb2.GetGatePolicyResponse]
+    """Returns the tenant's gate policy."""
+    UpdateGatePolicy: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UpdateGatePolicyRequest, _adapter_pb2.UpdateGatePolicyResponse]
+    """Changes the tenant's gate policy, for publications from now on."""
+    ListGateDecisions: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListGateDecisionsRequest, _adapter_pb2.ListGateDecisionsResponse]
+    """Lists the gate's decisions, newest first."""
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """Adapters: what training yields. Versions are immutable and numbered from 1."""
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
@@ -59,7 +87,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     """Lists adapter versions, newest first, without their certificates' layers."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """Deletes one version, or all versions of an adapter. A number is never given again."""
+    """Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+    that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
+    """
     ExportAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.ExportAdapterRequest, _adapter_pb2.ExportAdapterResponse]  # type: ignore[assignment]
     """Streams an adapter version as files: for each its `file` header, then its `chunk`s."""
     ImportAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.ImportAdapterRequest, _adapter_pb2.ImportAdapterResponse]  # type: ignore[assignment]
@@ -69,9 +99,33 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
     once; drift is not measured before an evaluation.
     """
+    PublishAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PublishAdapterRequest, _adapter_pb2.PublishAdapterResponse]  # type: ignore[assignment]
+    """Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+    two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+    The decision is kept either way.
+    """
+    RollBackAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RollBackAdapterRequest, _adapter_pb2.RollBackAdapterResponse]  # type: ignore[assignment]
+    """Lets an alias point again to the version before the one it was published from, without asking the gate: that
+    version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+    passed over.
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """Deletes an alias; its history stays. The versions are not touched."""
+    ListAliases: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAliasesRequest, _adapter_pb2.ListAliasesResponse]  # type: ignore[assignment]
+    """Lists aliases with the versions they point to, in the order of their names."""
+    ListAliasMoves: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAliasMovesRequest, _adapter_pb2.ListAliasMovesResponse]  # type: ignore[assignment]
+    """Lists what happened to the aliases of an adapter, newest first."""
+    GetGatePolicy: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetGatePolicyRequest, _adapter_pb2.GetGatePolicyResponse]  # type: ignore[assignment]
+    """Returns the tenant's gate policy."""
+    UpdateGatePolicy: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UpdateGatePolicyRequest, _adapter_pb2.UpdateGatePolicyResponse]  # type: ignore[assignment]
+    """Changes the tenant's gate policy, for publications from now on."""
+    ListGateDecisions: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListGateDecisionsRequest, _adapter_pb2.ListGateDecisionsResponse]  # type: ignore[assignment]
+    """Lists the gate's decisions, newest first."""
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Adapters: what training yields. Versions are immutable and numbered from 1."""
+    """Adapters: what training yields. Versions are immutable and numbered from 1; aliases point to versions, and a gate
+    decides which version an alias may point to.
+    """
 
     @_abc_1.abstractmethod
     def GetAdapter(
@@ -95,7 +149,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
-        """Deletes one version, or all versions of an adapter. A number is never given again."""
+        """Deletes one version, or all versions of an adapter. A number is never given again, and a tombstone stays. A version
+        that an alias points to is refused with ADAPTER_IN_USE: publish another, roll back, or delete the alias first.
+        """
 
     @_abc_1.abstractmethod
     def ExportAdapter(
@@ -117,5 +173,75 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         layer of the server's base model; what does not is refused by name and nothing is stored. Norms are computed at
         once; drift is not measured before an evaluation.
         """
+
+    @_abc_1.abstractmethod
+    def PublishAdapter(
+        self,
+        request: _adapter_pb2.PublishAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.PublishAdapterResponse, _abc.Awaitable[_adapter_pb2.PublishAdapterResponse]]:
+        """Lets an alias point to an adapter version, when the tenant's gate passes it. Gate and alias are one transaction: of
+        two calls at a time one comes after the other. A refusal names every failing figure and leaves the alias alone.
+        The decision is kept either way.
+        """
+
+    @_abc_1.abstractmethod
+    def RollBackAdapter(
+        self,
+        request: _adapter_pb2.RollBackAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.RollBackAdapterResponse, _abc.Awaitable[_adapter_pb2.RollBackAdapterResponse]]:
+        """Lets an alias point again to the version before the one it was published from, without asking the gate: that
+        version passed it. Repeated, it goes further back. Versions that were deleted since, or are for another base, are
+        passed over.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapter_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.DeleteAliasResponse, _abc.Awaitable[_adapter_pb2.DeleteAliasResponse]]:
+        """Deletes an alias; its history stays. The versions are not touched."""
+
+    @_abc_1.abstractmethod
+    def ListAliases(
+        self,
+        request: _adapter_pb2.ListAliasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ListAliasesResponse, _abc.Awaitable[_adapter_pb2.ListAliasesResponse]]:
+        """Lists aliases with the versions they point to, in the order of their names."""
+
+    @_abc_1.abstractmethod
+    def ListAliasMoves(
+        self,
+        request: _adapter_pb2.ListAliasMovesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ListAliasMovesResponse, _abc.Awaitable[_adapter_pb2.ListAliasMovesResponse]]:
+        """Lists what happened to the aliases of an adapter, newest first."""
+
+    @_abc_1.abstractmethod
+    def GetGatePolicy(
+        self,
+        request: _adapter_pb2.GetGatePolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.GetGatePolicyResponse, _abc.Awaitable[_adapter_pb2.GetGatePolicyResponse]]:
+        """Returns the tenant's gate policy."""
+
+    @_abc_1.abstractmethod
+    def UpdateGatePolicy(
+        self,
+        request: _adapter_pb2.UpdateGatePolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UpdateGatePolicyResponse, _abc.Awaitable[_adapter_pb2.UpdateGatePolicyResponse]]:
+        """Changes the tenant's gate policy, for publications from now on."""
+
+    @_abc_1.abstractmethod
+    def ListGateDecisions(
+        self,
+        request: _adapter_pb2.ListGateDecisionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ListGateDecisionsResponse, _abc.Awaitable[_adapter_pb2.ListGateDecisionsResponse]]:
+        """Lists the gate's decisions, newest first."""
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

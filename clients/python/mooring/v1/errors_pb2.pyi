@@ -61,7 +61,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ADAPTER_NOT_FOUND: _ErrorReason.ValueType  # 16
     """NOT_FOUND: no such adapter or adapter version, or it is not yours."""
     ERROR_REASON_ADAPTER_IN_USE: _ErrorReason.ValueType  # 17
-    """FAILED_PRECONDITION: the adapter is used by a running request or job."""
+    """FAILED_PRECONDITION: an alias points to the adapter version; metadata `aliases` names them."""
     ERROR_REASON_ADAPTER_KEYS_UNMATCHED: _ErrorReason.ValueType  # 18
     """INVALID_ARGUMENT: an adapter file has a key or shape that the base model does not have."""
     ERROR_REASON_ADAPTER_NOT_FINITE: _ErrorReason.ValueType  # 19
@@ -106,6 +106,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
     ERROR_REASON_ADAPTER_NOT_SUPPORTED: _ErrorReason.ValueType  # 40
     """INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
+    ERROR_REASON_GATE_REFUSED: _ErrorReason.ValueType  # 46
+    """FAILED_PRECONDITION: the gate does not let the adapter version be published; `BadRequest` names each failing figure,
+    metadata holds them in words, and `decision`.
+    """
+    ERROR_REASON_GATE_NEEDS_EVALUATION: _ErrorReason.ValueType  # 47
+    """FAILED_PRECONDITION: as GATE_REFUSED, because no successful evaluation of exactly this adapter on this base exists."""
+    ERROR_REASON_ALIAS_NOT_FOUND: _ErrorReason.ValueType  # 48
+    """NOT_FOUND: no such alias, or it is not yours."""
+    ERROR_REASON_NOTHING_TO_ROLL_BACK: _ErrorReason.ValueType  # 49
+    """FAILED_PRECONDITION: the alias has no earlier version to go back to."""
     ERROR_REASON_TRAINING_NOT_ALLOWED: _ErrorReason.ValueType  # 50
     """INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training."""
     ERROR_REASON_BATCH_NOT_VALID: _ErrorReason.ValueType  # 51
@@ -173,7 +183,7 @@ ERROR_REASON_TOO_MANY_PHOTOS: ErrorReason.ValueType  # 15
 ERROR_REASON_ADAPTER_NOT_FOUND: ErrorReason.ValueType  # 16
 """NOT_FOUND: no such adapter or adapter version, or it is not yours."""
 ERROR_REASON_ADAPTER_IN_USE: ErrorReason.ValueType  # 17
-"""FAILED_PRECONDITION: the adapter is used by a running request or job."""
+"""FAILED_PRECONDITION: an alias points to the adapter version; metadata `aliases` names them."""
 ERROR_REASON_ADAPTER_KEYS_UNMATCHED: ErrorReason.ValueType  # 18
 """INVALID_ARGUMENT: an adapter file has a key or shape that the base model does not have."""
 ERROR_REASON_ADAPTER_NOT_FINITE: ErrorReason.ValueType  # 19
@@ -218,6 +228,16 @@ ERROR_REASON_ADAPTER_TOO_LARGE: ErrorReason.ValueType  # 39
 """INVALID_ARGUMENT: an adapter file has more bytes than the server takes, as it is or as float32."""
 ERROR_REASON_ADAPTER_NOT_SUPPORTED: ErrorReason.ValueType  # 40
 """INVALID_ARGUMENT: an adapter file is a pickle, is no plain LoRA, or changes layers that cannot be adapted."""
+ERROR_REASON_GATE_REFUSED: ErrorReason.ValueType  # 46
+"""FAILED_PRECONDITION: the gate does not let the adapter version be published; `BadRequest` names each failing figure,
+metadata holds them in words, and `decision`.
+"""
+ERROR_REASON_GATE_NEEDS_EVALUATION: ErrorReason.ValueType  # 47
+"""FAILED_PRECONDITION: as GATE_REFUSED, because no successful evaluation of exactly this adapter on this base exists."""
+ERROR_REASON_ALIAS_NOT_FOUND: ErrorReason.ValueType  # 48
+"""NOT_FOUND: no such alias, or it is not yours."""
+ERROR_REASON_NOTHING_TO_ROLL_BACK: ErrorReason.ValueType  # 49
+"""FAILED_PRECONDITION: the alias has no earlier version to go back to."""
 ERROR_REASON_TRAINING_NOT_ALLOWED: ErrorReason.ValueType  # 50
 """INVALID_ARGUMENT: a photo's own metadata says that it must not be used for training."""
 ERROR_REASON_BATCH_NOT_VALID: ErrorReason.ValueType  # 51

@@ -344,7 +344,8 @@ class EvaluateRequest(_message.Message):
     parent: _builtins.str
     """Tenant to work in, `tenants/{tenant}`. Default: the caller's own; no other is allowed."""
     adapter: _builtins.str
-    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now.
+    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+    the version that it points to now, or without either the newest version now.
     Default: the base alone.
     """
     subject: _builtins.str
@@ -426,7 +427,8 @@ class GenerateRequest(_message.Message):
     negative_prompt: _builtins.str
     """What to keep away from; same length limit. Default: empty."""
     adapter: _builtins.str
-    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now.
+    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+    the version that it points to now, or without either the newest version now.
     Default: the base alone.
     """
     adapter_scale: _builtins.float
@@ -504,7 +506,9 @@ class AdapterUse(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}` or without `@{version}` the newest version now."""
+    """The adapter, `tenants/{tenant}/adapters/{adapter}@{version}`, with an alias such as `@live` in the version's place
+    the version that it points to now, or without either the newest version now.
+    """
     scale: _builtins.float
     """Scale of the adapter's change, 0 (nothing) to 2. Default: 1."""
     def __init__(
