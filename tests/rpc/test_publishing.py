@@ -15,6 +15,20 @@ from rpc_calls import DEADLINE, GOOD_DRIFT, evaluated, failure_of, make_subject,
 PASSING = Judgement(Verdict.PASSED, [], {}, "")
 PASSED, REFUSED = gate_pb2.GATE_VERDICT_PASSED, gate_pb2.GATE_VERDICT_REFUSED
 
+CERTIFICATE = {
+    "adapter_digest": "sha256:" + "0" * 64,
+    "base_digest": "sha256:" + "0" * 64,
+    "rank": 4,
+    "adapter_scale": 1.0,
+    "budget": 0.12,
+    "sigma_max": 0.0447,
+    "relative_max": 0.012,
+    "drift": None,
+    "layers": [],
+    "attentions": [],
+}
+"""As a moored adapter has it, less its layers and its drift."""
+
 
 class Calls:
     """AdapterService in short."""
@@ -73,9 +87,14 @@ def calls(stubs):
     made.set_policy(preset=gate_pb2.GATE_PRESET_BALANCED)
 
 
+def candidate(runtime, adapter_id, *, seed=0, **row):
+    """A version with a certificate."""
+    return publish(runtime, adapter_id, seed=seed, row={"certificate": CERTIFICATE} | row)
+
+
 def versions(runtime, adapter_id, count, *, first_seed=0, **row):
     """Versions that the gate passes."""
-    made = [publish(runtime, adapter_id, seed=first_seed + seed, row=row) for seed in range(count)]
+    made = [candidate(runtime, adapter_id, seed=first_seed + seed, **row) for seed in range(count)]
     for version in made:
         evaluated(runtime, version)
     return made
@@ -93,7 +112,7 @@ def test_a_published_version_is_live_with_its_decision(calls, runtime):
     found = {check.figure: check for check in decision.checks}
     assert list(found) == [
         "evaluation", "rights", "prompts", "generic_prompts", "dino_gain", "generic_clip_t_drop",
-        "drift", "drift_over_budget",
+        "drift", "drift_over_budget", "relative_sigma",
     ]  # fmt: skip
     drift = found["drift_over_budget"]
     assert (drift.value, drift.threshold, drift.measured) == (
@@ -121,7 +140,7 @@ BAD = {
 @pytest.mark.parametrize("figure", BAD)
 def test_a_refusal_names_the_failing_figure_and_moves_nothing(calls, runtime, figure):
     changes, value, bound = BAD[figure]
-    version = publish(runtime, f"p-bad-{figure.replace('_', '-')}", seed=100, row={"summary": {}})
+    version = candidate(runtime, f"p-bad-{figure.replace('_', '-')}", seed=100, summary={})
     evaluated(runtime, version, **changes)
     failure = failure_of(lambda: calls.publish(version.name))
     assert (failure.code.name, failure.reason) == ("FAILED_PRECONDITION", "GATE_REFUSED")
@@ -136,7 +155,9 @@ def test_a_refusal_names_the_failing_figure_and_moves_nothing(calls, runtime, fi
 
 
 def test_every_failing_figure_is_named(calls, runtime):
-    version = publish(runtime, "p-worst", seed=101, row={"rights": {}})
+    version = candidate(
+        runtime, "p-worst", seed=101, rights={}, certificate=CERTIFICATE | {"relative_max": 1.467}
+    )
     evaluated(
         runtime,
         version,
@@ -145,13 +166,15 @@ def test_every_failing_figure_is_named(calls, runtime):
         drift=GOOD_DRIFT | {"value": 4.0, "high": 4.8},
     )
     failure = failure_of(lambda: calls.publish("p-worst"))
-    expected = {"rights", "dino_gain", "generic_clip_t_drop", "drift", "drift_over_budget"}
+    expected = {
+        "rights", "dino_gain", "generic_clip_t_drop", "drift", "drift_over_budget", "relative_sigma",
+    }  # fmt: skip
     assert {name.removeprefix("gate.") for name in failure.fields} == expected
     assert expected <= failure.metadata.keys()
 
 
 def test_only_the_newest_evaluation_of_this_very_adapter_counts(calls, runtime):
-    version = publish(runtime, "p-eval", seed=102, row={"subject_id": "own"})
+    version = candidate(runtime, "p-eval", seed=102, subject_id="own")
     other = publish(runtime, "p-eval-other", seed=103)
     evaluated(runtime, other)
     evaluated(runtime, version, adapter_digest=other.digest)
@@ -172,7 +195,7 @@ def test_only_the_newest_evaluation_of_this_very_adapter_counts(calls, runtime):
 
 def test_a_real_evaluation_is_what_the_gate_judges(calls, runtime, stubs):
     subject = make_subject(stubs, "p-real")
-    version = publish(runtime, "p-real", seed=104, row={"subject_id": "p-real"})
+    version = candidate(runtime, "p-real", seed=104, subject_id="p-real")
     request = personalization_pb2.EvaluateRequest(
         adapter="tenants/-/adapters/p-real@1",
         subject=subject,
@@ -205,8 +228,7 @@ def test_a_real_evaluation_is_what_the_gate_judges(calls, runtime, stubs):
 
 
 def test_modes_and_certificates_without_an_evaluation(calls, runtime):
-    certificate = {"drift": GOOD_DRIFT, "sigma_max": 0.4, "relative_max": 0.2}
-    publish(runtime, "p-mode", seed=105)
+    candidate(runtime, "p-mode", seed=105)
     assert failure_of(lambda: calls.publish("p-mode")).reason == "GATE_NEEDS_EVALUATION"
     calls.set_policy(mode=gate_pb2.GATE_MODE_WARN)
     assert calls.publish("p-mode").decision.verdict == gate_pb2.GATE_VERDICT_WARNED
@@ -218,8 +240,8 @@ def test_modes_and_certificates_without_an_evaluation(calls, runtime):
     )
     failure = failure_of(lambda: calls.publish("p-mode"))
     assert failure.fields["gate.drift"] == "not measured, must be at most 0.5"
-    publish(runtime, "p-mode", seed=106, row={"certificate": {}, "summary": {}})
-    certified = publish(runtime, "p-sigma", seed=107, row={"certificate": CERTIFICATE | certificate})
+    certificate = CERTIFICATE | {"drift": GOOD_DRIFT, "sigma_max": 0.4, "relative_max": 0.2}
+    certified = candidate(runtime, "p-sigma", seed=107, certificate=certificate)
     failure = failure_of(lambda: calls.publish(certified.name))
     assert failure.fields == {"gate.sigma": "0.4, must be at most 0.3"}
     calls.set_policy("max_sigma")
@@ -228,17 +250,6 @@ def test_modes_and_certificates_without_an_evaluation(calls, runtime):
     assert [check.figure for check in decision.checks] == [
         "rights", "drift", "drift_over_budget", "relative_sigma",
     ]  # fmt: skip
-
-
-CERTIFICATE = {
-    "adapter_digest": "sha256:" + "0" * 64,
-    "base_digest": "sha256:" + "0" * 64,
-    "rank": 4,
-    "adapter_scale": 1.0,
-    "budget": 0.12,
-    "layers": [],
-    "attentions": [],
-}
 
 
 def test_rolling_back_goes_further_back_each_time_and_the_history_keeps_all(calls, runtime):

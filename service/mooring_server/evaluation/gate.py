@@ -69,7 +69,7 @@ class GatePolicy:
     max_drift: float | None = 0.5
     max_drift_over_budget: float | None = 1.5
     max_sigma: float | None = None
-    max_relative_sigma: float | None = None
+    max_relative_sigma: float | None = 0.5
     min_prompts: int | None = 4
     min_generic_prompts: int | None = 8
 
@@ -127,6 +127,7 @@ PRESETS: Mapping[str, GatePolicy] = {
         max_generic_clip_t_drop=0.01,
         max_drift=0.25,
         max_drift_over_budget=1.3,
+        max_relative_sigma=0.1,
         min_prompts=6,
         min_generic_prompts=24,
     ),
@@ -137,6 +138,7 @@ PRESETS: Mapping[str, GatePolicy] = {
         max_generic_clip_t_drop=0.05,
         max_drift=1.0,
         max_drift_over_budget=2.0,
+        max_relative_sigma=1.0,
         min_prompts=1,
         min_generic_prompts=2,
     ),

@@ -209,7 +209,7 @@ gate_policies = Table(
     Column("policy", JSON(none_as_null=True)),
     Column("actor", Text, nullable=False),
     Column("update_time", Double),
-    comment="What a version must show to be published; NULL: the software's default. Publishing locks it.",
+    comment="What a version must show to be published; NULL: the default. Publishing locks it.",
 )
 
 gate_decisions = Table(
