@@ -117,7 +117,8 @@ def serve(
             from mooring_server import server as server_module
 
             def ready(target: str) -> None:
-                announce(RunningServer(pid=os.getpid(), target=target, embedded=embedded, base=base))
+                secure = bool(settings.auth or settings.tls_cert)
+                announce(RunningServer(os.getpid(), target, embedded=embedded, base=base, secure=secure))
                 err.print(
                     f"mooring serves {settings.base or 'dinghy'} on {target}; state in {settings.state_dir}"
                 )

@@ -16,7 +16,8 @@ ServerOption = Annotated[
         "--server",
         envvar="MOORING_SERVER",
         metavar="HOST:PORT",
-        help="Server to talk to. Default: the one that runs on the state directory, or one of its own.",
+        help="Server to talk to, with the credential of MOORING_API_KEY or MOORING_TOKEN_FILE. "
+        "Default: the one that runs on the state directory, or one of its own.",
         rich_help_panel="Server",
     ),
 ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mooring_server.config import Settings
 
+_GUARDS = ("MOORING_AUTH", "MOORING_TLS_", "MOORING_HEALTH_LISTEN")
 START_SECONDS = 180.0
 """Importing torch and loading a base takes 5 to 15 s here; a large base on a slow disk much longer."""
 
@@ -42,12 +43,14 @@ class RunningServer:
         target: "127.0.0.1:PORT" of its gRPC port.
         embedded: whether a command started it for itself.
         base: the `--base` it was started with, "" for the packaged one.
+        secure: whether it asks for TLS or credentials.
     """
 
     pid: int
     target: str
     embedded: bool
     base: str
+    secure: bool = False
 
 
 def record_path(state_dir: Path) -> Path:
@@ -121,21 +124,37 @@ def connect(server: str, state_dir: Path | None, *, base: str = "") -> Iterator[
         state_dir: its state directory, None for the default.
         base: base model of a server that has to be started.
     """
-    import mooring
-
     if server:
-        with mooring.Client(server) as client:
+        with _client(server, secure=True) as client:
             yield client
         return
     folder = resolve_state_dir(state_dir)
     with _lock(folder / "server.users", fcntl.LOCK_SH) as users:
         running = _find_or_start(folder, base)
         try:
-            with mooring.Client(running.target) as client:
+            with _client(running.target, secure=running.secure) as client:
                 yield client
         finally:
             if running.embedded:
                 _stop_if_last(running, users)
+
+
+def _client(target: str, *, secure: bool) -> mooring.Client:
+    """A client with the credentials of the environment, for a server that asks for any.
+
+    Raises:
+        typer.Exit: they cannot be used with this target.
+    """
+    import mooring
+
+    try:
+        return mooring.Client(target, **(mooring.from_environment() if secure else {}))
+    except (ValueError, OSError) as error:
+        raise fail(
+            str(error),
+            "For TLS set MOORING_ROOT_CERTIFICATES; docs/security.md lists what else clients read.",
+            code=2,
+        ) from None
 
 
 def resolve_state_dir(state_dir: Path | None) -> Path:
@@ -190,7 +209,9 @@ def server_command(folder: Path, base: str) -> list[str]:
 def _start(folder: Path, base: str) -> RunningServer:
     log_path = folder / "server.log"
     command = server_command(folder, base)
-    variables = {**os.environ, "MOORING_LISTEN": "127.0.0.1:0", "MOORING_METRICS_LISTEN": ""}
+    # its own state on loopback alone, for this user's commands: what protects a shared server is left out
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_GUARDS)}
+    variables = {**kept, "MOORING_LISTEN": "127.0.0.1:0", "MOORING_METRICS_LISTEN": ""}
     with log_path.open("ab") as log:
         offset = log.tell()
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module

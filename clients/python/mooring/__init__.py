@@ -12,6 +12,7 @@ the generated protobuf messages and stubs.
 """
 
 from mooring import aio, errors
+from mooring._channel import from_environment
 from mooring.client import DEFAULT_TARGET, Client
 from mooring.types import (
     BatchDone,
@@ -37,4 +38,5 @@ __all__ = [
     "Queued",
     "aio",
     "errors",
+    "from_environment",
 ]

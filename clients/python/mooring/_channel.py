@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -57,6 +58,36 @@ def channel_options() -> list[tuple[str, object]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
+
+
+def from_environment() -> dict[str, Any]:
+    """Arguments of `Client` and `aio.Client` that the environment sets; an empty variable counts as unset.
+
+    `MOORING_API_KEY`: the key. `MOORING_TOKEN_FILE`: file that holds the token, read again at every call, so
+    that it may be replaced. `MOORING_ROOT_CERTIFICATES`: PEM of the authorities to trust.
+    `MOORING_CLIENT_CERTIFICATE` and `MOORING_CLIENT_KEY`: PEM of the client's chain and key.
+
+    Example:
+        >>> client = mooring.Client("mooring.example:443", **mooring.from_environment())
+
+    Raises:
+        ValueError: one half of a client certificate is missing.
+    """
+    names = ("API_KEY", "TOKEN_FILE", "ROOT_CERTIFICATES", "CLIENT_CERTIFICATE", "CLIENT_KEY")
+    key, token_file, roots, chain, private = (os.environ.get(f"MOORING_{name}", "") for name in names)
+    if bool(chain) != bool(private):
+        message = "MOORING_CLIENT_CERTIFICATE and MOORING_CLIENT_KEY belong together"
+        raise ValueError(message)
+    found: dict[str, Any] = {}
+    if key:
+        found["api_key"] = key
+    if token_file:
+        found["token"] = lambda: Path(token_file).read_text(encoding="utf-8").strip()
+    if roots:
+        found["root_certificates"] = roots
+    if chain:
+        found["client_certificate"] = (chain, private)
+    return found
 
 
 def channel_credentials(
