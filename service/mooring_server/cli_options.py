@@ -42,6 +42,13 @@ BaseOption = Annotated[
         rich_help_panel="Server",
     ),
 ]
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help='Adapter id, with a version ("rex@2"), an alias ("rex@live") or without (the newest version).',
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

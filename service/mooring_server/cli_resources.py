@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from mooring_server import cli_gate
 from mooring_server.cli_options import (
+    AdapterArgument,
     BaseOption,
     JsonOption,
     ServerOption,
@@ -39,14 +41,12 @@ if TYPE_CHECKING:
 subjects = typer.Typer(
     help="The things to learn: a few photos, a class noun, a placeholder.", no_args_is_help=True
 )
-adapters = typer.Typer(help="What training yields: list, show, export, import, delete.", no_args_is_help=True)
+adapters = typer.Typer(
+    help="What training yields: list, show, publish, roll back, export, import, delete.", no_args_is_help=True
+)
 jobs = typer.Typer(help="Trainings and evaluations: list, show, watch, cancel.", no_args_is_help=True)
 
 SubjectArgument = Annotated[str, typer.Argument(metavar="SUBJECT", help="The subject's id.")]
-AdapterArgument = Annotated[
-    str,
-    typer.Argument(metavar="ADAPTER", help='Adapter id, with a version ("rex@2") or without (the newest).'),
-]
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id, or its first digits.")]
 PhotosArgument = Annotated[
     list[Path], typer.Argument(metavar="PHOTO", help="JPEG, PNG or WebP files, or folders of them.")
@@ -226,6 +226,9 @@ def subjects_delete(
 @adapters.command("list")
 def adapters_list(
     *,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="Those that were deleted too: their tombstones.")
+    ] = False,
     server: ServerOption = "",
     state_dir: StateDirOption = None,
     base: BaseOption = "",
@@ -233,15 +236,17 @@ def adapters_list(
 ) -> None:
     """List all adapter versions, newest first."""
     with errors_shown(), connect(server, state_dir, base=base) as client:
-        found = list(client.list_adapters())
+        found = list(client.list_adapters(show_deleted=deleted))
     if as_json:
         print_json([message_dict(a) for a in found])
         return
+    gone = ["deleted"] if deleted else []
     table(
-        ["adapter", "in prompts", "method", "rank", "drift", "budget", "size", "created"],
+        ["adapter", "alias", "in prompts", "method", "rank", "drift", "budget", "size", "created", *gone],
         [
             [
                 short(a.name),
+                ", ".join(a.aliases),
                 a.placeholder,
                 a.method,
                 str(a.rank),
@@ -249,6 +254,7 @@ def adapters_list(
                 f"{a.drift_budget:.3f}" if a.HasField("drift_budget") else "",
                 f"{a.size_bytes / 1024:.0f} KiB",
                 local_time(a.create_time),
+                *([local_time(a.delete_time)] if deleted else []),
             ]
             for a in found
         ],
@@ -266,10 +272,11 @@ def adapters_show(
     base: BaseOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Show an adapter version and its certificate.
+    """Show an adapter version, its certificate and what the gate decided about it.
 
     \b
     mooring adapters show rex
+    mooring adapters show rex@live
     mooring adapters show rex@2 --json
     """
     with errors_shown(), connect(server, state_dir, base=base) as client:
@@ -287,6 +294,8 @@ def adapters_show(
         out.print(
             f"subject {short(found.subject)} ({escape(found.class_noun)}), in prompts [bold]{placeholder}[/]"
         )
+    if found.aliases:
+        out.print(f"alias   [bold]{escape(', '.join(found.aliases))}[/]")
     out.print(f"digest  {found.digest}")
     out.print(f"base    {found.base_digest}")
     if found.HasField("drift"):
@@ -316,6 +325,16 @@ def adapters_show(
             ],
             empty="",
         )
+    if found.HasField("gate_decision"):
+        out.print()
+        cli_gate.print_decision(found.gate_decision)
+
+
+adapters.command("publish")(cli_gate.publish)
+adapters.command("rollback")(cli_gate.rollback)
+adapters.command("unpublish")(cli_gate.unpublish)
+adapters.command("aliases")(cli_gate.aliases)
+adapters.add_typer(cli_gate.gate, name="gate")
 
 
 class ExportFormat(StrEnum):
@@ -438,7 +457,11 @@ def adapters_delete(
     state_dir: StateDirOption = None,
     base: BaseOption = "",
 ) -> None:
-    """Delete one version ("rex@2"), or all versions of an adapter ("rex")."""
+    """Delete one version ("rex@2"), or all versions of an adapter ("rex").
+
+    A version that an alias points to is kept: publish another, roll back or
+    unpublish first. Numbers of deleted versions are not given again.
+    """
     with errors_shown(), connect(server, state_dir, base=base) as client:
         client.delete_adapter(adapter)
     out.print(f"deleted adapter {escape(adapter)}")

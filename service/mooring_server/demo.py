@@ -320,6 +320,7 @@ def print_outcome(
     out.print("\ntry next:")
     for command in (
         f'{mooring} generate "{example} on the grass" --adapter {moored} --count 4 {state}',
+        f"{mooring} adapters publish {moored} {state}",
         f"{mooring} adapters show {moored} {state}",
         f"{mooring} train {subject.name} --preset conservative {state}",
         f"{mooring} subjects create rex ./your-photos --class dog --rights owned",
