@@ -267,6 +267,7 @@ def test_what_is_wrong_is_said(stubs, change, code, reason, field):
     assert (failure.code.name, failure.reason) == (code, reason)
     assert len(failure.message) < 700
     assert list(failure.fields) == ([field] if field else [])
+    assert ({"minimum", "maximum"} <= set(failure.metadata)) == (reason == "STEPS_OUT_OF_RANGE")
 
 
 def test_a_long_prompt_says_what_would_be_cut(stubs):

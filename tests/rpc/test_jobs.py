@@ -177,6 +177,7 @@ def test_bad_training_requests_never_become_jobs(stubs, subject, config, code, r
     before = list_jobs(stubs)
     failure = failure_of(lambda: train(stubs, subject, config=config))
     assert (failure.code.name, failure.reason, list(failure.fields)) == (code, reason, [field])
+    assert ({"minimum", "maximum"} <= set(failure.metadata)) == (reason == "STEPS_OUT_OF_RANGE")
     assert list_jobs(stubs) == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,7 +81,10 @@ class GenerationRequest:
         limit = min(MAX_STEPS, base.num_train_timesteps)
         if not 1 <= self.steps <= limit:
             raise _refused(
-                Reason.STEPS_OUT_OF_RANGE, "steps", f"steps must lie in 1 to {limit}, not {self.steps}."
+                Reason.STEPS_OUT_OF_RANGE,
+                "steps",
+                f"steps must lie in 1 to {limit}, not {self.steps}.",
+                metadata={"minimum": "1", "maximum": str(limit)},
             )
         require_within("guidance_scale", self.guidance_scale, MAX_GUIDANCE)
         for index, use in enumerate(self.adapters):
@@ -211,5 +215,7 @@ def require_within(field: str, value: float, largest: float) -> None:
         raise _refused(Reason.INVALID_FIELD, field, f"{field} must lie in 0 to {largest:g}, not {value:g}.")
 
 
-def _refused(reason: Reason, field: str, message: str) -> MooringError:
-    return MooringError(reason, message, fields=[FieldViolation(field, message)])
+def _refused(
+    reason: Reason, field: str, message: str, *, metadata: Mapping[str, str] | None = None
+) -> MooringError:
+    return MooringError(reason, message, metadata=metadata, fields=[FieldViolation(field, message)])

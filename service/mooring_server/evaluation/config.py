@@ -115,6 +115,9 @@ class EvaluationConfig:
                 + "; ".join(f"{field} {text}" for _, field, text in found)
                 + ".",
                 remedy="Correct the named fields; leave a field out to get its default.",
+                metadata={"minimum": "1", "maximum": "150"}
+                if found[0][0] is Reason.STEPS_OUT_OF_RANGE
+                else None,
                 fields=[FieldViolation(field, text) for _, field, text in found],
             )
 

@@ -22,6 +22,9 @@ Framing = Literal["crop", "letterbox"]
 PRESETS: Mapping[str, float] = {"conservative": 0.05, "balanced": 0.12, "adaptive": 0.25}
 """Drift budgets ρ by name."""
 
+MAX_STEPS = 20_000
+"""Most optimiser steps of one training."""
+
 
 class Method(StrEnum):
     """How the base is protected while the subject is learnt; method.md §2 has the formulas."""
@@ -111,12 +114,13 @@ class TrainConfig:
         found = [FieldViolation(name, text) for name, text in self._violations()]
         if not found:
             return
-        reason = Reason.STEPS_OUT_OF_RANGE if [v.field for v in found] == ["steps"] else Reason.INVALID_FIELD
+        only_steps = [v.field for v in found] == ["steps"]
         raise MooringError(
-            reason,
+            Reason.STEPS_OUT_OF_RANGE if only_steps else Reason.INVALID_FIELD,
             "The training configuration is not valid: "
             + "; ".join(f"{v.field} {v.description}" for v in found),
             remedy="Correct the named fields; leave a field out to get its default.",
+            metadata={"minimum": "1", "maximum": str(MAX_STEPS)} if only_steps else None,
             fields=found,
         )
 
@@ -131,7 +135,7 @@ class TrainConfig:
             at = getattr(self, field)
             need(math.isfinite(at) and low <= at <= high, field, f"must be between {low:g} and {high:g}")
 
-        within("steps", 1, 20_000)
+        within("steps", 1, MAX_STEPS)
         within("rank", 1, 128)
         within("learning_rate", 1e-7, 1.0)
         within("embedding_learning_rate", 0.0, 10.0)
