@@ -147,7 +147,8 @@ async def test_a_server_is_killed_in_mid_stream(server: ServerProcess) -> None:
         ]
         await asyncio.to_thread(kill_and_start)
         for sequences in await asyncio.gather(*watches):
-            assert sequences == [*range(1, len(sequences)), len(sequences) - 1], "the last repeats its number"
+            assert sequences[:-1] == list(range(1, len(sequences))), "a gap, or something twice"
+            assert sequences[-1] in {len(sequences) - 1, len(sequences)}, "the end may repeat its number"
         assert client.wait(job).adapter.startswith("tenants/tests/adapters/rex@")
         assert len(client.images("a <rex> dog", adapter="rex")) == 1
 

@@ -198,6 +198,8 @@ class Client(AsyncPublishing):
                     return
                 resume.cut_short()
             except errors.MooringError as error:
+                if ended:
+                    return
                 await asyncio.sleep(resume.pause_after(error))
             finally:
                 call.cancel()

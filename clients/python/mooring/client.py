@@ -359,6 +359,8 @@ class Client(Publishing):
                     return
                 resume.cut_short()
             except errors.MooringError as error:
+                if ended:  # the end was told; that the call broke after it is nobody's loss
+                    return
                 time.sleep(resume.pause_after(error))
             finally:
                 call.cancel()
