@@ -24,7 +24,7 @@ import grpc.aio
 import structlog
 
 from mooring_server.errors import MooringError, Reason
-from mooring_server.rpc import permissions, status
+from mooring_server.rpc import permissions, status, wire
 from mooring_server.rpc.caller import CALLER, Caller
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.permissions import Permission, Rule
@@ -158,14 +158,14 @@ class EdgeInterceptor(_ServerInterceptor):
         }[shape]
 
         async def answer(request: Any, context: Context) -> Any:
-            return await self._observe(call, context, lambda: inner(request, context))
+            return await self._observe(call, context, lambda: inner(wire.checked(request), context))
 
         async def stream(request: Any, context: Context) -> None:
-            await self._observe(call, context, lambda: _send(inner(request, context), context))
+            await self._observe(call, context, lambda: _send(inner(wire.checked(request), context), context))
 
         return make(
             stream if handler.response_streaming else answer,
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=wire.lenient(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
