@@ -79,6 +79,51 @@ func TestOptionsThatCannotBeFollowedAreErrorsOfNew(t *testing.T) {
 	}
 }
 
+func TestTheEnvironmentIsAnOption(t *testing.T) {
+	var seen []string
+	target := listen(t, &scripted{info: func(ctx context.Context) (*mooringv1.GetServerInfoResponse, error) {
+		md, _ := metadata.FromIncomingContext(ctx)
+		seen = append(seen, md.Get("authorization")...)
+		return answered(ctx)
+	}}, nil)
+	call := func() error {
+		client, err := mooring.New(target, mooring.WithEnvironment())
+		if err != nil {
+			return err
+		}
+		defer client.Close()
+		_, err = client.ServerInfo(t.Context())
+		return err
+	}
+	for _, name := range []string{"API_KEY", "TOKEN_FILE", "CLIENT_CERTIFICATE", "CLIENT_KEY"} {
+		t.Setenv("MOORING_"+name, "")
+	}
+	t.Setenv("MOORING_ROOT_CERTIFICATES", certs(t).ca)
+	t.Setenv("MOORING_API_KEY", "moor_key")
+	if err := call(); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(file, []byte("jwt\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("MOORING_TOKEN_FILE", file)
+	if err := call(); err == nil {
+		t.Error("a key and a token are one too many")
+	}
+	t.Setenv("MOORING_API_KEY", "")
+	if err := call(); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(seen, []string{"Bearer moor_key", "Bearer jwt"}) {
+		t.Error(seen)
+	}
+	t.Setenv("MOORING_CLIENT_KEY", certs(t).client.key)
+	if err := call(); err == nil {
+		t.Error("half a client certificate was taken")
+	}
+}
+
 func TestServersOfUnknownAuthoritiesAreNotTrusted(t *testing.T) {
 	target := listen(t, &scripted{info: answered}, nil)
 	client, err := mooring.New(target) // the system's roots

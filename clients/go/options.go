@@ -89,6 +89,45 @@ func WithClientCertificate(certFile, keyFile string) Option {
 	}
 }
 
+// WithEnvironment takes credential and trust from the environment; an empty variable counts as unset.
+//
+// MOORING_API_KEY is the key. MOORING_TOKEN_FILE is a file that holds the token; it is read again at every call, so
+// that it may be replaced. MOORING_ROOT_CERTIFICATES is a PEM file of the authorities to trust.
+// MOORING_CLIENT_CERTIFICATE and MOORING_CLIENT_KEY are PEM files of the client's chain and key.
+func WithEnvironment() Option {
+	return func(s *settings) error {
+		var options []Option
+		key, tokenFile := os.Getenv("MOORING_API_KEY"), os.Getenv("MOORING_TOKEN_FILE")
+		switch {
+		case key != "" && tokenFile != "":
+			return errors.New("MOORING_API_KEY and MOORING_TOKEN_FILE exclude each other")
+		case key != "":
+			options = append(options, WithAPIKey(key))
+		case tokenFile != "":
+			options = append(options, WithTokenSource(func(context.Context) (string, error) {
+				token, err := os.ReadFile(tokenFile)
+				return strings.TrimSpace(string(token)), err
+			}))
+		}
+		if path := os.Getenv("MOORING_ROOT_CERTIFICATES"); path != "" {
+			options = append(options, WithRootCAFile(path))
+		}
+		cert, private := os.Getenv("MOORING_CLIENT_CERTIFICATE"), os.Getenv("MOORING_CLIENT_KEY")
+		if (cert == "") != (private == "") {
+			return errors.New("MOORING_CLIENT_CERTIFICATE and MOORING_CLIENT_KEY belong together")
+		}
+		if cert != "" {
+			options = append(options, WithClientCertificate(cert, private))
+		}
+		for _, option := range options {
+			if err := option(s); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
 // WithServerName expects this name in the server's certificate instead of the target's host.
 func WithServerName(name string) Option {
 	return func(s *settings) error {

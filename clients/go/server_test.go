@@ -9,6 +9,7 @@ import (
 	"image"
 	"image/png"
 	"io"
+	"iter"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -301,15 +302,8 @@ func TestARealServersResources(t *testing.T) {
 	if err != nil || imported.GetDigest() != adapter.GetDigest() {
 		t.Error(imported, err)
 	}
-	var names []string
-	for adapter, err := range client.Adapters(t.Context()) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		names = append(names, adapter.GetName())
-	}
-	if !slices.Contains(names, name) || !slices.Contains(names, imported.GetName()) {
-		t.Error(names)
+	if got := names(t, client.Adapters(t.Context())); !slices.Contains(got, name) || !slices.Contains(got, imported.GetName()) {
+		t.Error(got)
 	}
 	if err := client.DeleteAdapter(t.Context(), "copy"); err != nil {
 		t.Error(err)
@@ -320,10 +314,8 @@ func TestARealServersResources(t *testing.T) {
 	if err := client.DeleteSubject(t.Context(), "resources"); err != nil {
 		t.Error(err)
 	}
-	for _, err := range client.Subjects(t.Context()) {
-		if err != nil {
-			t.Error(err)
-		}
+	if got := names(t, client.Subjects(t.Context())); slices.Contains(got, "tenants/tests/subjects/resources") {
+		t.Error(got)
 	}
 	jobs := 0
 	for job, err := range client.Jobs(
@@ -337,9 +329,72 @@ func TestARealServersResources(t *testing.T) {
 	if jobs == 0 {
 		t.Error("no job is listed")
 	}
+	publishing(t, client, name)
 	if _, err := client.Evaluate(t.Context(), &mooringv1.EvaluateRequest{Adapter: name}); err == nil {
 		t.Error("a server without judges took an evaluation")
 	}
+}
+
+func publishing(t *testing.T, client *mooring.Client, version string) {
+	t.Helper()
+	request := &mooringv1.PublishAdapterRequest{Name: version}
+	_, err := client.PublishAdapter(t.Context(), request)
+	var failed *mooring.Error
+	if !errors.As(err, &failed) || failed.Code != codes.FailedPrecondition || !strings.HasPrefix(failed.Reason, "GATE_") {
+		t.Fatalf("a version without an evaluation passed the gate: %v", err)
+	}
+	policy, err := client.UpdateGatePolicy(t.Context(), &mooringv1.UpdateGatePolicyRequest{
+		Policy: &mooringv1.GatePolicy{Mode: mooringv1.GateMode_GATE_MODE_OFF},
+	})
+	if err != nil || policy.GetMode() != mooringv1.GateMode_GATE_MODE_OFF {
+		t.Fatal(policy, err)
+	}
+	if policy, err = client.GatePolicy(t.Context()); err != nil || policy.GetMode() != mooringv1.GateMode_GATE_MODE_OFF {
+		t.Error(policy, err)
+	}
+	published, err := client.PublishAdapter(t.Context(), request)
+	if err != nil || published.GetAlias().GetAdapter() != version {
+		t.Fatal(published, err)
+	}
+	if live, err := client.Adapter(t.Context(), "resources@live"); err != nil || live.GetName() != version {
+		t.Error(live, err)
+	}
+	if got := names(t, client.Aliases(t.Context(), "resources")); len(got) != 1 {
+		t.Error(got)
+	}
+	if got := names(t, client.GateDecisions(t.Context(), version)); len(got) == 0 {
+		t.Error("no decision was kept")
+	}
+	_, err = client.RollBackAdapter(t.Context(), "resources", "")
+	if !mooring.Has(err, mooringv1.ErrorReason_ERROR_REASON_NOTHING_TO_ROLL_BACK) {
+		t.Error(err)
+	}
+	if err := client.DeleteAlias(t.Context(), "resources@live"); err != nil {
+		t.Error(err)
+	}
+	moves := 0
+	for _, err := range client.AliasMoves(t.Context(), "resources") {
+		if err != nil {
+			t.Fatal(err)
+		}
+		moves++
+	}
+	if moves != 2 {
+		t.Errorf("%d moves", moves)
+	}
+}
+
+// names are those of what an iterator gives.
+func names[Item interface{ GetName() string }](t *testing.T, items iter.Seq2[Item, error]) []string {
+	t.Helper()
+	var found []string
+	for item, err := range items {
+		if err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, item.GetName())
+	}
+	return found
 }
 
 // The server is killed (not stopped) while it trains and draws.
@@ -437,9 +492,9 @@ func TestExamples(t *testing.T) {
 		t.Run(example.arguments[0], func(t *testing.T) {
 			out := t.TempDir()
 			run := exec.CommandContext(t.Context(), "go", append(
-				[]string{"run", "./examples/" + example.arguments[0], "-server", s.target, "-ca", certs(t).ca, "-out", out},
+				[]string{"run", "./examples/" + example.arguments[0], "-server", s.target, "-out", out},
 				example.arguments[1:]...)...)
-			run.Env = append(os.Environ(), "MOORING_API_KEY="+s.key)
+			run.Env = append(os.Environ(), "MOORING_API_KEY="+s.key, "MOORING_ROOT_CERTIFICATES="+certs(t).ca)
 			run.Stdin = strings.NewReader(example.stdin)
 			if said, err := run.CombinedOutput(); err != nil {
 				t.Fatalf("%v\n%s", err, said)

@@ -29,16 +29,11 @@ func main() {
 
 func run(ctx context.Context) error {
 	server := flag.String("server", "localhost:50051", "address of the server")
-	ca := flag.String("ca", "", "PEM file of the authority that the server is trusted by; default: the system's")
 	adapter := flag.String("adapter", "", "adapter to draw with; default: the base alone")
 	out := flag.String("out", ".", "folder to write to")
 	flag.Parse()
 
-	options := []mooring.Option{mooring.WithAPIKey(os.Getenv("MOORING_API_KEY"))}
-	if *ca != "" {
-		options = append(options, mooring.WithRootCAFile(*ca))
-	}
-	client, err := mooring.New(*server, options...)
+	client, err := mooring.New(*server, mooring.WithEnvironment())
 	if err != nil {
 		return err
 	}

@@ -29,18 +29,13 @@ func main() {
 
 func run(ctx context.Context) error {
 	server := flag.String("server", "localhost:50051", "address of the server")
-	ca := flag.String("ca", "", "PEM file of the authority that the server is trusted by; default: the system's")
 	id := flag.String("id", "rex", "id of the subject and its adapter")
 	class := flag.String("class", "dog", "what the subject is an instance of")
 	steps := flag.Int("steps", 400, "training steps")
 	out := flag.String("out", ".", "folder to write to")
 	flag.Parse()
 
-	options := []mooring.Option{mooring.WithAPIKey(os.Getenv("MOORING_API_KEY"))}
-	if *ca != "" {
-		options = append(options, mooring.WithRootCAFile(*ca))
-	}
-	client, err := mooring.New(*server, options...)
+	client, err := mooring.New(*server, mooring.WithEnvironment())
 	if err != nil {
 		return err
 	}
