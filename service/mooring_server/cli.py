@@ -18,7 +18,7 @@ from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, out
 from mooring_server.cli_resources import adapters, jobs, subjects
 from mooring_server.cli_server import RunningServer, announced, connect, read_settings, resolve_state_dir
-from mooring_server.cli_storage import db
+from mooring_server.cli_storage import backup, db, gc, restore
 
 app = typer.Typer(
     name="mooring",
@@ -34,6 +34,9 @@ app.add_typer(adapters, name="adapters")
 app.add_typer(jobs, name="jobs")
 app.add_typer(db, name="db")
 app.add_typer(keys, name="keys")
+app.command("gc", epilog=EXIT_CODE_HELP)(gc)
+app.command("backup", epilog=EXIT_CODE_HELP)(backup)
+app.command("restore", epilog=EXIT_CODE_HELP)(restore)
 app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
 app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
 app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)

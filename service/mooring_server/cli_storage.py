@@ -1,17 +1,20 @@
-"""`mooring db …`: the database itself, without a server."""
+"""`mooring db`, `gc`, `backup`, `restore`: what is kept, without a server."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mooring_server.cli_options import JsonOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, errors_shown, fail, out, print_json
-from mooring_server.cli_server import resolve_state_dir
+from mooring_server.cli_server import announced, resolve_state_dir
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+    from mooring_server.storage.objects import ObjectStore
 
 db = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +31,113 @@ DatabaseOption = Annotated[
         help="PostgreSQL or SQLite. Default: the SQLite file in the state directory.",
     ),
 ]
+
+
+ObjectsOption = Annotated[
+    str,
+    typer.Option(
+        "--objects-url",
+        envvar="MOORING_OBJECTS_URL",
+        metavar="URL",
+        help="s3://bucket/prefix or a folder. Default: objects in the state directory.",
+    ),
+]
+
+
+def gc(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; delete nothing.")] = False,
+    orphan_hours: Annotated[
+        float,
+        typer.Option(
+            envvar="MOORING_GC_ORPHAN_HOURS", min=1, help="Objects that nothing refers to stay this long."
+        ),
+    ] = 24.0,
+    result_days: Annotated[
+        float,
+        typer.Option(
+            envvar="MOORING_GC_RESULT_DAYS", min=0, help="Artifacts of an ended job stay this long."
+        ),
+    ] = 90.0,
+    deleted_adapter_days: Annotated[
+        float,
+        typer.Option(
+            envvar="MOORING_GC_DELETED_ADAPTER_DAYS", min=0, help="Files of a deleted adapter stay this long."
+        ),
+    ] = 7.0,
+    database_url: DatabaseOption = "",
+    objects_url: ObjectsOption = "",
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete objects that nothing refers to: left by crashes, of ended jobs, of deleted adapters.
+
+    Servers do it by themselves every hour. Safe beside them: whoever begins to
+    refer to an object and whoever deletes it see each other.
+
+    \b
+    mooring gc --dry-run
+    mooring gc --database-url postgresql://mooring@db/mooring --objects-url s3://bucket/mooring
+    """
+    from mooring_server.storage.garbage import Retention, collect
+    from mooring_server.storage.store import Store
+
+    with errors_shown():
+        url, objects = _objects(database_url, objects_url, state_dir)
+        retention = Retention(orphan_hours * 3600, result_days * 86_400, deleted_adapter_days * 86_400)
+        store = Store(url)
+        found = collect(store, objects, retention, dry_run=dry_run)
+        store.close()
+    if as_json:
+        print_json({"seen": found.seen, "keys": found.keys, "size_bytes": found.size, "deleted": not dry_run})
+        return
+    for key in found.keys:
+        out.print(key, markup=False)
+    said = "would go" if dry_run else "deleted"
+    out.print(f"{len(found.keys)} of {found.seen} objects {said}, {found.size:,} bytes")
+
+
+def backup(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    *,
+    database_url: DatabaseOption = "",
+    objects_url: ObjectsOption = "",
+    state_dir: StateDirOption = None,
+) -> None:
+    """Copy a SQLite database and its objects into a new folder, while the server runs.
+
+    For PostgreSQL and a bucket use their own tools: docs/operations.md says how.
+
+    \b
+    mooring backup /backups/mooring-$(date +%F)
+    """
+    from mooring_server.storage import backup as backups
+
+    with errors_shown():
+        made = backups.backup(*_objects(database_url, objects_url, state_dir), directory)
+    out.print(f"{made.objects} objects and the database, {made.size:,} bytes, in {directory}")
+
+
+def restore(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The backup.", exists=True)],
+    *,
+    database_url: DatabaseOption = "",
+    objects_url: ObjectsOption = "",
+    state_dir: StateDirOption = None,
+) -> None:
+    """Put a backup into an empty state directory. No server may run on it.
+
+    Jobs that ran when the backup was made are taken up again by the next server.
+
+    \b
+    mooring restore /backups/mooring-2026-01-31 --state-dir ./restored
+    mooring serve --state-dir ./restored
+    """
+    from mooring_server.storage import backup as backups
+
+    with errors_shown(), announced(resolve_state_dir(state_dir)):
+        made = backups.restore(directory, *_objects(database_url, objects_url, state_dir))
+    out.print(f"{made.objects} objects and the database, {made.size:,} bytes, restored")
 
 
 @db.command()
@@ -80,8 +190,23 @@ def _engine(database_url: str, state_dir: StateDirOption) -> Engine:
 
     from mooring_server.storage.database import open_engine
 
-    url = database_url or f"sqlite:///{resolve_state_dir(state_dir) / 'mooring.db'}"
     try:
-        return open_engine(url)
+        return open_engine(_url(database_url, state_dir))
     except (ValueError, ArgumentError) as error:
         raise fail(str(error), "Give postgresql://user@host/name or sqlite:///path.", code=2) from None
+
+
+def _url(database_url: str, state_dir: StateDirOption) -> str:
+    return database_url or f"sqlite:///{resolve_state_dir(state_dir) / 'mooring.db'}"
+
+
+def _objects(database_url: str, objects_url: str, state_dir: StateDirOption) -> tuple[str, ObjectStore]:
+    """The database's URL, checked by `_engine`, and the objects that go with it."""
+    from mooring_server.storage.buckets import open_objects
+
+    _engine(database_url, state_dir).dispose()
+    try:
+        objects = open_objects(objects_url or str(resolve_state_dir(state_dir) / "objects"))
+    except ValueError as error:
+        raise fail(str(error), "Set --objects-url or MOORING_OBJECTS_URL.", code=2) from None
+    return _url(database_url, state_dir), objects

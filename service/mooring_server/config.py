@@ -112,6 +112,11 @@ class Settings(BaseSettings):
         default="", description="SQLAlchemy URL. Default: SQLite in the state directory."
     )
 
+    objects_url: str = Field(
+        default="",
+        description="Objects: s3://bucket/prefix or a folder. Default: `objects` in the state directory.",
+    )
+
     listen: str = Field(
         default="127.0.0.1:50051",
         description="Address of the gRPC server; port 0 takes a free one. Off loopback: TLS and auth only.",
@@ -223,6 +228,20 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(
         default=30.0, ge=1.0, le=3600.0, description="A job whose runner is silent this long is taken over."
     )
+    gc_interval_seconds: float = Field(
+        default=3600.0,
+        ge=0.0,
+        description="Between two collections of unused objects; 0: none here.",
+    )
+    gc_orphan_hours: float = Field(
+        default=24.0, ge=1.0, description="Objects that nothing refers to stay this long."
+    )
+    gc_result_days: float = Field(
+        default=90.0, ge=0.0, description="Artifacts and previews of an ended job stay this long."
+    )
+    gc_deleted_adapter_days: float = Field(
+        default=7.0, ge=0.0, description="Files of a deleted adapter stay this long."
+    )
     drain_pause_seconds: float = Field(
         default=0.0,
         ge=0.0,
@@ -260,6 +279,14 @@ class Settings(BaseSettings):
         form = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^:\[\]/]+):(\d{1,5})", value)
         if value and (form is None or int(form[1]) > 65535):
             message = f"{value!r} is not host:port"
+            raise ValueError(message)
+        return value
+
+    @field_validator("objects_url")
+    @classmethod
+    def _known_store(cls, value: str) -> str:
+        if "://" in value and not value.startswith(("s3://", "file:///")):
+            message = f"{value!r} is neither s3://bucket/prefix nor a folder"
             raise ValueError(message)
         return value
 
@@ -356,9 +383,9 @@ class Settings(BaseSettings):
         return Path(self.disk_cache_dir) if self.disk_cache_dir else self.state_dir / "adapter-cache"
 
     @property
-    def objects_dir(self) -> Path:
-        """Folder of photos, checkpoints, adapters and results."""
-        return self.state_dir / "objects"
+    def objects_location(self) -> str:
+        """Where photos, checkpoints, adapters and results are: a URL or a folder."""
+        return self.objects_url or str(self.state_dir / "objects")
 
 
 def is_loopback(host: str) -> bool:

@@ -27,6 +27,7 @@ class Code(StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     OUT_OF_RANGE = "OUT_OF_RANGE"
     UNAVAILABLE = "UNAVAILABLE"
+    DATA_LOSS = "DATA_LOSS"
     INTERNAL = "INTERNAL"
 
 
@@ -84,6 +85,8 @@ class Reason(StrEnum):
     BATCH_TOO_LARGE = "BATCH_TOO_LARGE"
     PROMPT_REFUSED = "PROMPT_REFUSED"
     IMAGE_WITHHELD = "IMAGE_WITHHELD"
+    STORAGE_UNAVAILABLE = "STORAGE_UNAVAILABLE"
+    OBJECT_DAMAGED = "OBJECT_DAMAGED"
     INTERNAL = "INTERNAL"
 
 
@@ -119,6 +122,8 @@ REASON_CODE: dict[Reason, Code] = {
     Reason.CANCELLED: Code.CANCELLED,
     Reason.DEADLINE_EXCEEDED: Code.DEADLINE_EXCEEDED,
     Reason.DRAINING: Code.UNAVAILABLE,
+    Reason.STORAGE_UNAVAILABLE: Code.UNAVAILABLE,
+    Reason.OBJECT_DAMAGED: Code.DATA_LOSS,
     Reason.INTERNAL: Code.INTERNAL,
 }
 
@@ -194,3 +199,18 @@ def quota_exceeded(cause: str, *, limit: float, used: float, retry_after: float)
         metadata={"cause": cause, "scope": "tenant", "limit": f"{limit:g}", "used": f"{used:g}"},
         retry_after=retry_after,
     )
+
+
+class StorageUnavailableError(MooringError):
+    """The database or the objects cannot be used just now: repeating later is right.
+
+    Args:
+        what: which of them, and how it fails, as a sentence that any caller may read.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            Reason.STORAGE_UNAVAILABLE,
+            what,
+            remedy="Repeat in a few seconds; if it lasts, the server's log has the cause.",
+        )

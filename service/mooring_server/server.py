@@ -53,6 +53,7 @@ from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, PromptSets, readable
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
+from mooring_server.jobs.sweeper import Sweeper
 from mooring_server.rpc import permissions, tls, tokens
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
@@ -64,7 +65,8 @@ from mooring_server.rpc.probes import Probes
 from mooring_server.rpc.quotas import DeviceTime, Quotas
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.rpc.subjects import SubjectServicer
-from mooring_server.storage.objects import LocalObjects
+from mooring_server.storage.buckets import open_objects
+from mooring_server.storage.garbage import Retention
 from mooring_server.storage.store import Store
 from mooring_server.telemetry import logs
 from mooring_server.telemetry.metrics import Metrics
@@ -124,6 +126,7 @@ class Server:
         self._device_time: DeviceTime | None = None
         self._quotas = Quotas(settings.quota_of, time.monotonic)
         self._runner: JobRunner | None = None
+        self._sweeper: Sweeper | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._grpc: grpc.aio.Server | None = None
         self._probes: Probes | None = None
@@ -157,6 +160,8 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         assert self._runner is not None
         self._runner.start()
+        if self._sweeper is not None:
+            self._sweeper.start()
         log.info(
             "serving",
             target=self.target,
@@ -278,7 +283,7 @@ class Server:
 
     def _load(self, store: Store) -> None:
         settings = self.settings
-        objects = LocalObjects(settings.objects_dir)
+        objects = open_objects(settings.objects_location)
         packaged = not settings.base
         base = load_base(
             settings.base or dinghy.base_dir(),
@@ -350,6 +355,15 @@ class Server:
             ),
             observer=observer,
         )
+        if settings.gc_interval_seconds:
+            retention = Retention(
+                orphans=settings.gc_orphan_hours * 3600,
+                results=settings.gc_result_days * 86400,
+                deleted_adapters=settings.gc_deleted_adapter_days * 86400,
+            )
+            worker = RunnerSettings().worker
+            interval = settings.gc_interval_seconds
+            self._sweeper = Sweeper(store, objects, retention, interval=interval, worker=worker)
         self._metrics.watch_jobs(store.count_jobs, lambda: store.running_progress("train"))
         self._metrics.device_bytes.labels("weights").set(_weight_bytes(base))
         self._metrics.device_bytes.labels("arena").set(bank.arena.nbytes)
@@ -377,6 +391,8 @@ class Server:
             self._runner.stop(self.settings.drain_seconds)
 
     def _close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.stop()
         if self._runtime is not None:
             self._runtime.engine.close()
             self._runtime.adapters.close()

@@ -94,4 +94,5 @@ def fake_certificate(_base, weights, _drift, *, budget):
 
 def real_engine(**options) -> Engine:
     """The engine itself: with a base and a bank that nobody asks for anything."""
-    return Engine(SimpleNamespace(), SimpleNamespace(), **options)
+    base = SimpleNamespace(native_size=64, vae_scale_factor=8, device=SimpleNamespace(type="cpu"))
+    return Engine(base, SimpleNamespace(), **options)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mooring_server.errors import MooringError, Reason
-from mooring_server.jobs.subjects import PhotoUpload, delete_adapter, delete_subject, load_photos
+from mooring_server.jobs.subjects import PhotoUpload, delete_subject, load_photos
 from mooring_server.storage.objects import LocalObjects
 from mooring_server.storage.store import Store
 from mooring_server.storage.subjects import MAX_PHOTOS
@@ -115,24 +115,3 @@ def test_deleting_removes_row_and_bytes_of_this_subject_only(store, objects, sub
     delete_subject(store, objects, "acme", "duck")
     assert len(list(objects.list("photos/"))) == 1
     assert len(load_photos(store, objects, "other", "duck")) == 1
-
-
-def test_deleting_an_adapter_removes_its_file(store, objects) -> None:
-    for version in (1, 2):
-        objects.put(f"adapters/{version}", b"x")
-        store.publish_adapter(
-            "acme",
-            "duck",
-            object_key=f"adapters/{version}",
-            digest="d",
-            base_digest="b",
-            rank=1,
-            size_bytes=1,
-            class_noun="bird",
-            placeholder="<d>",
-            rights={"basis": "OWNED"},
-            certificate={},
-            summary={},
-        )
-    assert [a.version for a in delete_adapter(store, objects, "acme", "duck", 1)] == [1]
-    assert list(objects.list("adapters/")) == ["adapters/2"]

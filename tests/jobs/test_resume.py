@@ -78,7 +78,7 @@ def interrupted(state: Path, base_dir: Path, job: Job, *, at_step: int, how: sig
                 running_ = store.get_job("acme", job.job_id)
                 assert not running_.state.final, running_.error
                 progress = running_.progress or {}
-                saved = objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors")
+                saved = any(objects.list(f"jobs/{job.job_id}/checkpoint"))
                 if saved and progress.get("phase") == "training" and progress["step"] >= at_step:
                     break
                 time.sleep(0.01)

@@ -10,7 +10,7 @@ import pytest
 from fakes import BASE_DIGEST, FakeTraining, chain, fake_certificate, real_engine, weights_of
 from mooring_server.engine.adapters import HEADER_KEY
 from mooring_server.engine.engine import Engine
-from mooring_server.errors import MooringError, Reason
+from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.jobs import session as session_module
 from mooring_server.jobs import train_job
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
@@ -21,12 +21,11 @@ from mooring_server.storage.store import Store
 from pictures import jpeg, png, quarters
 from PIL import Image
 from safetensors import safe_open
-from sqlalchemy.exc import OperationalError
 from worker import PATIENCE
 
 STEPS = 30
 RIGHTS = {"basis": "OWNED", "statement": "ours"}
-AWAY = OperationalError("select", {}, Exception("the database is away"))
+AWAY = StorageUnavailableError("The database is away.")
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -102,6 +101,10 @@ def expected_digest(photos: list[bytes], steps: int = STEPS) -> str:
     return weights_of(chain(photos, steps, 0)).digest
 
 
+def checkpoints(objects: LocalObjects, job: Job) -> list[str]:
+    return list(objects.list(f"jobs/{job.job_id}/checkpoint"))
+
+
 def states(store: Store, job: Job) -> list[str]:
     return [e.payload["state"] for e in store.events("acme", job.job_id) if e.kind == "state"]
 
@@ -171,7 +174,7 @@ def test_what_a_job_leaves_behind(store, objects, training, photos, start) -> No
     job = new_job(store)
     start()
     done = ended(store, job)
-    until(lambda: not objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors"))
+    until(lambda: not checkpoints(objects, job))
     (artifact,) = done.result["artifacts"]
     assert (artifact["filename"], artifact["media_type"]) == ("history.json", "application/json")
     history = objects.get(artifact["object_key"])
@@ -189,7 +192,7 @@ def test_a_cancelled_job_stops_at_its_next_step(store, objects, training, photos
     assert training.closed == 1
     assert len(training.steps_run) < 5000
     assert store.list_adapters("acme") == ([], "")
-    assert not objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors")
+    assert not checkpoints(objects, job)
     assert replica.ended == [("train", "CANCELLED")]
 
 
@@ -236,7 +239,7 @@ def test_a_runner_that_lost_its_lease_writes_nothing_more(
     other = Store(f"sqlite:///{tmp_path}/mooring.db")
     first = start(on=other, lease=0.6)
     assert frozen.wait(PATIENCE)
-    until(lambda: objects.exists(f"jobs/{job.job_id}/checkpoint.safetensors"))
+    until(lambda: checkpoints(objects, job))
 
     def away(*_args, **_kwargs):
         raise AWAY
@@ -261,7 +264,8 @@ def test_a_resumed_job_keeps_to_the_photos_it_began_with(store, objects, trainin
     assert training.held.wait(PATIENCE)
     first.runner.stop(PATIENCE)
     training.hold_at = None
-    objects.delete(f"jobs/{job.job_id}/checkpoint.safetensors")
+    for key in checkpoints(objects, job):
+        objects.delete(key)
     upload = PhotoUpload(store, objects, "acme", "duck")
     upload.add("new.png", png(quarters(50, 50)))
     upload.commit()

@@ -41,6 +41,9 @@ COMMANDS = [
     "jobs watch",
     "db",
     "db upgrade",
+    "gc",
+    "backup",
+    "restore",
 ]
 
 

@@ -124,7 +124,7 @@ class JobLife(RuleBasedStateMachine):
             return
         held = self.holder(claim)
         try:
-            self.store.note_checkpoint("acme", claim.job_id, claim.lease)
+            self.store.note_checkpoint("acme", claim.job_id, claim.lease, f"jobs/{claim.job_id}/c")
         except LeaseLostError:
             assert held is None
         else:

@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from faulty_s3 import faulty
 from hypothesis import given
 from hypothesis import strategies as st
-from mooring_server.storage.objects import LocalObjects, check_key
+from mooring_server.errors import MooringError, Reason, StorageUnavailableError
+from mooring_server.storage.buckets import open_objects
+from mooring_server.storage.objects import LocalObjects, ObjectStore, check_key, content_key
+from servers import BUCKET, S3
+
+_numbers = itertools.count()
 
 
 @pytest.fixture
@@ -18,16 +28,34 @@ def objects(tmp_path: Path) -> LocalObjects:
     return LocalObjects(tmp_path / "objects")
 
 
-def test_bytes_come_back_and_can_be_replaced(objects: LocalObjects) -> None:
-    objects.put("jobs/1/checkpoint.safetensors", b"one")
-    objects.put("jobs/1/checkpoint.safetensors", b"two")
-    assert objects.get("jobs/1/checkpoint.safetensors") == b"two"
-    assert objects.exists("jobs/1/checkpoint.safetensors")
+@pytest.fixture(params=["folder", "moto", "rclone"])
+def any_objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "folder":
+        return LocalObjects(tmp_path / "objects")
+    server = request.getfixturevalue(f"{request.param}_server")
+    return server.objects(f"test{next(_numbers)}/below")
 
 
-def test_what_is_missing_is_a_key_error(objects: LocalObjects) -> None:
+def test_bytes_come_back_and_can_be_replaced(any_objects: ObjectStore) -> None:
+    any_objects.put("jobs/1/checkpoint.safetensors", b"one")
+    any_objects.put("jobs/1/checkpoint.safetensors", b"two")
+    assert any_objects.get("jobs/1/checkpoint.safetensors") == b"two"
+    assert any_objects.exists("jobs/1/checkpoint.safetensors")
+
+
+def test_what_is_missing_is_a_key_error(any_objects: ObjectStore) -> None:
+    any_objects.put("a/b", b"x")
+    for key in ("nothing", "a/c", "b/c/d"):
+        assert not any_objects.exists(key)
+        with pytest.raises(KeyError):
+            any_objects.get(key)
+        any_objects.delete(key)
+    assert any_objects.get("a/b") == b"x"
+
+
+def test_a_folder_is_no_object(objects: LocalObjects) -> None:
     objects.put("a/b", b"x")
-    for key in ("nothing", "a", "a/b/c", "a/c"):
+    for key in ("a", "a/b/c"):
         assert not objects.exists(key)
         with pytest.raises(KeyError):
             objects.get(key)
@@ -35,21 +63,126 @@ def test_what_is_missing_is_a_key_error(objects: LocalObjects) -> None:
     assert objects.get("a/b") == b"x"
 
 
-def test_delete_removes_and_may_be_repeated(objects: LocalObjects) -> None:
-    objects.put("a/b", b"x")
-    objects.delete("a/b")
-    objects.delete("a/b")
-    assert not objects.exists("a/b")
+def test_delete_removes_and_may_be_repeated(any_objects: ObjectStore) -> None:
+    any_objects.put("a/b", b"x")
+    any_objects.delete("a/b")
+    any_objects.delete("a/b")
+    assert not any_objects.exists("a/b")
 
 
-def test_list_gives_keys_by_prefix_in_order(objects: LocalObjects) -> None:
+def test_list_gives_keys_by_prefix_in_order(any_objects: ObjectStore) -> None:
+    before = time.time()
     for key in ("jobs/2/x", "jobs/10/x", "jobs/1/b/c", "jobs/1/a", "photos/1"):
-        objects.put(key, b"")
+        any_objects.put(key, b"xy")
+    assert list(any_objects.list()) == ["jobs/1/a", "jobs/1/b/c", "jobs/10/x", "jobs/2/x", "photos/1"]
+    assert list(any_objects.list("jobs/1/")) == ["jobs/1/a", "jobs/1/b/c"]
+    assert list(any_objects.list("jobs/1")) == ["jobs/1/a", "jobs/1/b/c", "jobs/10/x"]
+    assert list(any_objects.list("none/")) == []
+    (entry,) = any_objects.entries("photos/")
+    assert (entry.key, entry.size) == ("photos/1", 2)
+    assert before - 2 <= entry.modified <= time.time() + 2
+
+
+def test_what_names_its_content_may_be_written_again(any_objects: ObjectStore) -> None:
+    key = content_key("adapters/1", b"factors", "safetensors")
+    assert key == f"adapters/1.{hashlib.sha256(b'factors').hexdigest()}.safetensors"
+    for _ in range(2):
+        any_objects.put(key, b"factors")
+        assert any_objects.get(key) == b"factors"
+
+
+def test_bytes_that_are_not_what_the_key_names_are_not_given_out(any_objects: ObjectStore) -> None:
+    key = content_key("adapters/1", b"factors", "safetensors")
+    any_objects.put(key, b"fbctors")
+    with pytest.raises(MooringError, match="is not the one that was written") as caught:
+        any_objects.get(key)
+    assert caught.value.reason is Reason.OBJECT_DAMAGED
+    any_objects.put(key, b"factors")  # writing it again heals it
+    assert any_objects.get(key) == b"factors"
+
+
+def test_objects_of_other_prefixes_are_not_seen(moto_server: S3) -> None:
+    moto_server.objects("one").put("photos/1", b"x")
+    moto_server.objects("other").put("photos/2", b"x")
+    assert list(moto_server.objects("one").list()) == ["photos/1"]
+
+
+def test_wrong_credentials_are_said_to_be_that(rclone_server: S3) -> None:
+    objects = replace(rclone_server, secret="wrong").objects()
+    for call in (lambda: objects.put("a", b""), lambda: objects.get("a"), lambda: list(objects.list())):
+        with pytest.raises(StorageUnavailableError, match="refuses the server's credentials"):
+            call()
+
+
+def test_a_bucket_that_is_away_is_unavailable_and_not_empty() -> None:
+    objects = S3("http://127.0.0.1:9").objects(retry_seconds=0.1)
+    for call in (lambda: objects.get("a"), lambda: objects.exists("a"), lambda: list(objects.list())):
+        with pytest.raises(StorageUnavailableError, match="does not answer"):
+            call()
+
+
+@pytest.mark.parametrize("fault", ["lose", "truncate", "stale"])
+def test_a_bucket_that_lies_about_writes_is_caught(moto_server: S3, fault: str) -> None:
+    with faulty(moto_server) as (where, faults):
+        objects = where.objects(f"lies-{fault}")
+        objects.put("jobs/1/photos.json", b"old")
+        faults.rates = {fault: 1.0}
+        with pytest.raises(StorageUnavailableError, match="does not keep what is written"):
+            objects.put("jobs/1/photos.json", b"new ones")
+        assert faults.struck[fault] == 3
+        faults.rates = {}
+        objects.put("jobs/1/photos.json", b"new ones")
+        assert objects.get("jobs/1/photos.json") == b"new ones"
+
+
+def test_a_write_that_is_lost_once_is_written_again(moto_server: S3) -> None:
+    with faulty(moto_server, seed=3) as (where, faults):
+        objects = where.objects("lost-once")
+        faults.rates = {"lose": 0.4, "truncate": 0.2, "fail": 0.2, "drop": 0.1}
+        for number in range(20):
+            data = bytes([number]) * 1000
+            with contextlib.suppress(StorageUnavailableError):
+                objects.put(content_key(f"adapters/{number}", data, "bin"), data)
+                assert (
+                    moto_server.objects("lost-once").get(content_key(f"adapters/{number}", data, "bin"))
+                    == data
+                )
+        assert faults.struck["lose"] > 3
+
+
+def test_a_read_that_breaks_on_its_way_is_read_again_and_never_given_out(moto_server: S3) -> None:
+    with faulty(moto_server) as (where, faults):
+        objects, key = where.objects("broken-read"), content_key("adapters/1", b"factors", "bin")
+        objects.put(key, b"factors")
+        faults.rates = {"corrupt": 1.0}
+        with pytest.raises(MooringError, match="is not the one that was written"):
+            objects.get(key)
+        faults.rates = {"corrupt": 0.3}
+        for _ in range(10):
+            with contextlib.suppress(MooringError):
+                assert objects.get(key) == b"factors"
+
+
+@pytest.mark.parametrize("url", ["", "s3://", "gs://bucket/x", "http://host/bucket", "file://host/folder"])
+def test_other_places_for_objects_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="s3://"):
+        open_objects(url)
+
+
+def test_a_url_names_the_store(tmp_path: Path, moto_server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for url in (str(tmp_path / "a b"), f"file://{tmp_path}/a%20b"):
+        assert open_objects(url).root == tmp_path / "a b"
+    for name, value in moto_server.environment.items():
+        monkeypatch.setenv(name, value)
+    open_objects(f"s3://{BUCKET}/by/url/").put("a", b"x")
+    assert moto_server.objects("by/url").get("a") == b"x"
+
+
+def test_leftovers_of_killed_writers_are_removed_when_they_are_old(objects: LocalObjects) -> None:
+    objects.put("jobs/1", b"")
     (objects.root / "jobs" / ".tmp-left").write_bytes(b"")
-    assert list(objects.list()) == ["jobs/1/a", "jobs/1/b/c", "jobs/10/x", "jobs/2/x", "photos/1"]
-    assert list(objects.list("jobs/1/")) == ["jobs/1/a", "jobs/1/b/c"]
-    assert list(objects.list("jobs/1")) == ["jobs/1/a", "jobs/1/b/c", "jobs/10/x"]
-    assert list(objects.list("none/")) == []
+    assert list(objects.list()) == ["jobs/1"]
+    assert objects.remove_leftovers(older_than=3600) == 0
     assert objects.remove_leftovers() == 1
 
 
@@ -105,7 +238,7 @@ def test_a_failed_put_leaves_the_old_bytes_and_no_litter(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageUnavailableError, match="No space"):
         objects.put("a/key", b"new")
     assert objects.get("a/key") == b"old"
     assert [path.name for path in objects.root.rglob("*") if path.is_file()] == ["key"]

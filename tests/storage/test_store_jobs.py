@@ -97,7 +97,7 @@ def test_an_expired_lease_is_taken_over_and_its_holder_can_write_nothing_more(st
     assert store.heartbeat(*key(dead), LEASE) is Lease.LOST
     for write in (
         lambda: store.append_event(*key(dead), "progress", {"step": 1}),
-        lambda: store.note_checkpoint(*key(dead)),
+        lambda: store.note_checkpoint(*key(dead), "jobs/1/c"),
         lambda: store.finish_job(*key(dead), JobState.SUCCEEDED, result={}),
         lambda: publish(store, job_id=dead.job_id, lease=dead.lease),
     ):
@@ -142,7 +142,7 @@ def test_progress_between_crashes_starts_the_count_again(store: Store, clock) ->
     store.create_job("acme", "train", {})
     for _ in range(6):
         held = claim(store)
-        store.note_checkpoint(*key(held))
+        store.note_checkpoint(*key(held), "jobs/1/c")
         clock.now += LEASE + 1
     assert claim(store).crashes == 1
 

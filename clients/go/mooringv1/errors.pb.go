@@ -136,6 +136,10 @@ const (
 	ErrorReason_ERROR_REASON_NOT_AUTHENTICATED ErrorReason = 42
 	// UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat.
 	ErrorReason_ERROR_REASON_IDENTITY_UNAVAILABLE ErrorReason = 43
+	// UNAVAILABLE: the database or the objects cannot be used just now; repeat later.
+	ErrorReason_ERROR_REASON_STORAGE_UNAVAILABLE ErrorReason = 44
+	// DATA_LOSS: the bytes that are stored are not the ones that were written; the operator has to restore them.
+	ErrorReason_ERROR_REASON_OBJECT_DAMAGED ErrorReason = 45
 	// INTERNAL: a defect of the server; the message holds the request id to look for in its log.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 35
 )
@@ -195,6 +199,8 @@ var (
 		41: "ERROR_REASON_QUOTA_EXCEEDED",
 		42: "ERROR_REASON_NOT_AUTHENTICATED",
 		43: "ERROR_REASON_IDENTITY_UNAVAILABLE",
+		44: "ERROR_REASON_STORAGE_UNAVAILABLE",
+		45: "ERROR_REASON_OBJECT_DAMAGED",
 		35: "ERROR_REASON_INTERNAL",
 	}
 	ErrorReason_value = map[string]int32{
@@ -250,6 +256,8 @@ var (
 		"ERROR_REASON_QUOTA_EXCEEDED":         41,
 		"ERROR_REASON_NOT_AUTHENTICATED":      42,
 		"ERROR_REASON_IDENTITY_UNAVAILABLE":   43,
+		"ERROR_REASON_STORAGE_UNAVAILABLE":    44,
+		"ERROR_REASON_OBJECT_DAMAGED":         45,
 		"ERROR_REASON_INTERNAL":               35,
 	}
 )
@@ -286,7 +294,7 @@ var File_mooring_v1_errors_proto protoreflect.FileDescriptor
 const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\n" +
 	"\x17mooring/v1/errors.proto\x12\n" +
-	"mooring.v1*\xc3\x0e\n" +
+	"mooring.v1*\x8a\x0f\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12\x1d\n" +
@@ -340,7 +348,9 @@ const file_mooring_v1_errors_proto_rawDesc = "" +
 	"\x1bERROR_REASON_IMAGE_WITHHELD\x106\x12\x1f\n" +
 	"\x1bERROR_REASON_QUOTA_EXCEEDED\x10)\x12\"\n" +
 	"\x1eERROR_REASON_NOT_AUTHENTICATED\x10*\x12%\n" +
-	"!ERROR_REASON_IDENTITY_UNAVAILABLE\x10+\x12\x19\n" +
+	"!ERROR_REASON_IDENTITY_UNAVAILABLE\x10+\x12$\n" +
+	" ERROR_REASON_STORAGE_UNAVAILABLE\x10,\x12\x1f\n" +
+	"\x1bERROR_REASON_OBJECT_DAMAGED\x10-\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10#b\x06proto3"
 
 var (

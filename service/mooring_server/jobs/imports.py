@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from mooring_server.engine.adapters import to_safetensors, too_large
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.formats import convert
-from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.errors import FieldViolation, MooringError, Reason, StorageUnavailableError
 from mooring_server.evaluation import certificate
 from mooring_server.jobs.session import finite
 from mooring_server.storage.database import check_text, new_id
 from mooring_server.storage.models import Adapter, Document
-from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.objects import ObjectStore, content_key
 from mooring_server.storage.store import Store
 
 METHOD = "imported"
@@ -98,7 +98,7 @@ def import_adapter(
     data = to_safetensors(dataclasses.replace(made.weights, metadata=kept))
     if len(data) > max_bytes:  # it could not be read again
         raise too_large(len(data), max_bytes)
-    key = f"adapters/{new_id()}.safetensors"
+    key = content_key(f"adapters/{new_id()}", data, "safetensors")
     objects.put(key, data)
     try:
         adapter = store.publish_adapter(
@@ -116,7 +116,9 @@ def import_adapter(
             summary={"method": METHOD, "rank": made.weights.rank, "source": source},
             request_id=wanted.request_id,
         )
-    except MooringError:  # refused, so no row refers to the object; after any other error one might
+    except StorageUnavailableError:  # the row may be there: what it is not is collected as garbage
+        raise
+    except MooringError:  # refused, so no row refers to the object
         objects.delete(key)
         raise
     if adapter.object_key != key:  # the same request was answered before

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from sqlalchemy.exc import OperationalError
 
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.model import BaseModel
-from mooring_server.errors import MooringError, Reason
+from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PromptSets
@@ -36,7 +35,7 @@ from mooring_server.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-_BUSY = {Reason.QUEUE_FULL, Reason.DRAINING}
+_BUSY = {Reason.QUEUE_FULL, Reason.DRAINING, Reason.STORAGE_UNAVAILABLE}
 
 
 class JobWork(Protocol):
@@ -154,14 +153,14 @@ class JobRunner:
             job = None
             try:
                 job = self._store.claim_job(self._settings.worker, self._settings.lease_seconds, kinds=[kind])
-            except OperationalError:
-                log.warning("the database is away; looking for jobs again soon", exc_info=True)
+            except StorageUnavailableError as error:
+                log.warning("looking for jobs again soon: %s", error.message)
             if job is None or not self._run(job):
                 self._wakes[kind].wait(self._settings.poll_seconds)
                 self._wakes[kind].clear()
 
     def _run(self, job: Job) -> bool:
-        """Run a claimed job; False when the engine is too busy for it and it was handed back."""
+        """Run a claimed job; False when it was handed back because the engine is busy or the store away."""
         started, observer = time.monotonic(), self._observer
         if observer is not None:
             observer.job_claimed(job.kind, resumed=job.attempts > 1)
@@ -180,7 +179,7 @@ class JobRunner:
         log.info("job %s: %s after %.1f s", job.job_id, outcome, time.monotonic() - started)
         if observer is not None:
             observer.job_ended(job.kind, outcome, time.monotonic() - started)
-        return outcome != Reason.QUEUE_FULL
+        return outcome not in {Reason.QUEUE_FULL, Reason.STORAGE_UNAVAILABLE}
 
     def _outcome(self, session: JobSession) -> str:
         job = session.job

@@ -22,13 +22,13 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sqlalchemy.exc import OperationalError
 
 from mooring_server.engine.policy import TaskClass
+from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.jobs.photos import encode_png
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, Lease
-from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.objects import ObjectStore, content_key
 from mooring_server.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ class JobSession:
         self._progress: Document | None = None
         self._previews: list[tuple[int, int, Pixels]] = []
         self._checkpoint: bytes | None = None
+        self._checkpoint_key = job.checkpoint_key
+        self._loaded: bytes | None = None
         self._phase = ""
         self._drain_by: float | None = None
         self._phase_written = ""
@@ -174,6 +176,7 @@ class JobSession:
             StoppedError: the job was stopped before the generator ended.
             Exception: whatever the generator raised.
         """
+        self._loaded = self._fetch_checkpoint()
         handle = self._engine.submit(steps, klass, self.job.job_id, tenant=self.job.tenant)
         handle.add_done_callback(lambda _handle: self._news.set())
         with self._lock:
@@ -193,10 +196,29 @@ class JobSession:
             with self._lock:
                 self._handle = None
 
+    def _fetch_checkpoint(self) -> bytes | None:
+        """The job's last checkpoint, read before the engine's thread asks for it.
+
+        One that is lost or damaged costs time, not the job: training is deterministic and starts anew.
+        """
+        key = self._checkpoint_key
+        if key is None:
+            return None
+        try:
+            return self.persist(lambda: self.objects.get(key))
+        except KeyError:
+            log.warning("job %s: its checkpoint is gone, starting anew", self.job.job_id)
+        except MooringError as error:
+            if error.reason is not Reason.OBJECT_DAMAGED:
+                raise
+            log.warning("job %s: its checkpoint is damaged, starting anew", self.job.job_id)
+        return None
+
     def put_artifact(self, filename: str, media_type: str, data: bytes) -> Document:
         """Store a file of the job; returns its description for the job's result."""
-        key = f"{self._folder}/artifacts/{filename}"
-        self.objects.put(key, data)
+        stem, _, suffix = filename.rpartition(".")
+        key = content_key(f"{self._folder}/artifacts/{stem}", data, suffix)
+        self.persist(lambda: self.objects.put(key, data))
         return {
             "filename": filename,
             "media_type": media_type,
@@ -206,17 +228,17 @@ class JobSession:
         }
 
     def persist(self, write: Callable[[], T]) -> T:
-        """Do a write that must not be lost: while the database is away, try again until the job is stopped.
+        """Do what the job cannot go on without: while the store is away, try again until the job is stopped.
 
         Raises:
             LeaseLostError: the job is no longer this runner's.
-            StoppedError: it was stopped while the database was away.
+            StoppedError: it was stopped while the store was away.
         """
         while True:
             try:
                 return write()
-            except OperationalError:
-                log.warning("job %s: the database is away, trying again", self.job.job_id, exc_info=True)
+            except StorageUnavailableError as error:
+                log.warning("job %s: trying again: %s", self.job.job_id, error.message)
             time.sleep(_RETRY_SECONDS)
             if self._stop is not None:
                 raise StoppedError(self._stop)
@@ -234,10 +256,7 @@ class JobSession:
 
     def load(self) -> bytes | None:
         """The job's last checkpoint (training's CheckpointStore)."""
-        try:
-            return self.objects.get(self._checkpoint_key)
-        except KeyError:
-            return None
+        return self._loaded
 
     def save(self, data: bytes) -> None:
         """Note a checkpoint (training's CheckpointStore); the newest one is written soon after."""
@@ -254,12 +273,15 @@ class JobSession:
     # -- the rest ------------------------------------------------------------------------------------------
 
     def forget_checkpoint(self) -> None:
-        """Remove the checkpoint of a job that has ended."""
-        self.objects.delete(self._checkpoint_key)
+        """Remove the checkpoint of a job that has ended; what stays behind is collected as garbage."""
+        if self._checkpoint_key is not None:
+            self._discard(self._checkpoint_key)
 
-    @property
-    def _checkpoint_key(self) -> str:
-        return f"{self._folder}/checkpoint.safetensors"
+    def _discard(self, key: str) -> None:
+        try:
+            self.objects.delete(key)
+        except StorageUnavailableError as error:
+            log.warning("job %s: an old checkpoint stays behind: %s", self.job.job_id, error.message)
 
     def _result_of(self, handle: Handle[T]) -> T:
         try:
@@ -293,10 +315,15 @@ class JobSession:
         )
 
     def _write_checkpoint(self, data: bytes) -> None:
-        # First the lease: a runner that lost it must not write over its successor's checkpoint.
+        # Under a key of this claim's own: a runner that lost the lease cannot touch its successor's.
         def write() -> None:
-            self.store.note_checkpoint(*self._claim)
-            self.objects.put(self._checkpoint_key, data)
+            stem = f"{self._folder}/checkpoint-{self.job.lease[:8]}"
+            key = content_key(stem, data, "safetensors")
+            self.objects.put(key, data)
+            before = self.store.note_checkpoint(*self._claim, key)
+            self._checkpoint_key = key
+            if before is not None and before != key:
+                self._discard(before)
 
         self._while_leased(write, "checkpoint")
 
@@ -306,14 +333,15 @@ class JobSession:
             write()
         except LeaseLostError:
             self.stop(Stop.LEASE_LOST)
-        except (OperationalError, OSError):
+        except (StorageUnavailableError, OSError):
             log.warning("job %s: could not write its %s", self.job.job_id, what, exc_info=True)
 
     def _put_preview(self, step: int, index: int, pixels: Pixels) -> Document:
         image = Image.fromarray(np.asarray(pixels))
         image.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
-        key = f"{self._folder}/previews/{step:06d}-{index}.png"
-        self.objects.put(key, encode_png(image))
+        data = encode_png(image)
+        key = content_key(f"{self._folder}/previews/{step:06d}-{index}", data, "png")
+        self.objects.put(key, data)
         return {"index": index, "object_key": key, "width": image.width, "height": image.height}
 
     @property
@@ -328,7 +356,7 @@ class JobSession:
         """Look at the job at every change and every `poll` seconds; renew its lease in good time."""
         renewed = time.monotonic()
         while not self._ended.is_set():
-            with contextlib.suppress(OperationalError):  # the database is away: the lease may outlive that
+            with contextlib.suppress(StorageUnavailableError):  # the lease may outlive that
                 if time.monotonic() - renewed >= self._timing.lease / 3:
                     lease = self.store.heartbeat(*self._claim, self._timing.lease)
                     renewed = time.monotonic()

@@ -13,8 +13,9 @@ from PIL import Image
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.jobs.photos import CheckedPhoto, decode_photo, encode_png
-from mooring_server.storage.models import Adapter, NewPhoto, Photo
-from mooring_server.storage.objects import ObjectStore
+from mooring_server.storage.database import new_id
+from mooring_server.storage.models import NewPhoto, Photo
+from mooring_server.storage.objects import ObjectStore, content_key
 from mooring_server.storage.store import Store
 from mooring_server.storage.subjects import MAX_PHOTOS
 
@@ -69,10 +70,11 @@ class PhotoUpload:
         except MooringError as error:
             self._errors[index] = error
             return
-        key = f"photos/{self._subject.uid}/{photo.sha256}.png"
         width, height = photo.image.size
+        data = encode_png(photo.image)
+        key = content_key(f"photos/{self._subject.uid}/{new_id()}", data, "png")
         row = NewPhoto(photo.filename, photo.sha256, key, width, height, photo.size_bytes)
-        self._checked.setdefault(photo.sha256, (row, encode_png(photo.image)))
+        self._checked.setdefault(photo.sha256, (row, data))
         self._order.append(photo.sha256)
 
     def reject(self, error: MooringError) -> None:
@@ -169,23 +171,3 @@ def delete_subject(store: Store, objects: ObjectStore, tenant: str, subject_id: 
     """Delete a subject and its pictures. Raises SUBJECT_NOT_FOUND."""
     for key in store.delete_subject(tenant, subject_id):
         objects.delete(key)
-
-
-def delete_adapter(
-    store: Store,
-    objects: ObjectStore,
-    tenant: str,
-    adapter_id: str,
-    version: int | None = None,
-    *,
-    alias: str = "",
-) -> list[Adapter]:
-    """Delete one version of an adapter, or all, with their files.
-
-    Raises:
-        MooringError: ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND, ADAPTER_IN_USE.
-    """
-    deleted = store.delete_adapter(tenant, adapter_id, version, alias=alias)
-    for adapter in deleted:
-        objects.delete(adapter.object_key)
-    return deleted

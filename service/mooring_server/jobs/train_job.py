@@ -19,6 +19,7 @@ from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
 from mooring_server.storage.models import Document
+from mooring_server.storage.objects import content_key
 from mooring_server.training.config import TrainConfig
 from mooring_server.training.trainer import TrainProgress, TrainResult, train
 
@@ -68,9 +69,10 @@ class TrainJob:
         kept = {"certificate": proof.dumps(), "rights": json.dumps(subject.rights, sort_keys=True)}
         weights = dataclasses.replace(result.weights, metadata={**result.weights.metadata, **kept})
         data = to_safetensors(weights)
-        # Named after the job: a runner that takes over after a crash here writes the same file again.
-        key = f"adapters/{session.job.job_id}.safetensors"
-        session.objects.put(key, data)
+        # Named after the job and its content: a runner that takes over after a crash here writes the same
+        # file again, and one that lost its lease cannot change the file that its successor published.
+        key = content_key(f"adapters/{session.job.job_id}", data, "safetensors")
+        session.persist(lambda: session.objects.put(key, data))
         history = json.dumps(finite({"rows": result.history})["rows"]).encode()
         artifacts = [session.put_artifact("history.json", "application/json", history)]
         session.persist(
@@ -103,7 +105,7 @@ def _pinned_photos(session: JobSession, subject_id: str) -> list[Image.Image]:
         pinned: list[str] = json.loads(session.objects.get(key))
     except KeyError:
         pinned = [photo.sha256 for photo in session.store.photos(tenant, subject_id)]
-        session.objects.put(key, json.dumps(pinned).encode())
+        session.persist(lambda: session.objects.put(key, json.dumps(pinned).encode()))
     return load_photos(session.store, session.objects, tenant, subject_id, only=pinned)
 
 

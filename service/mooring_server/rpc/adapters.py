@@ -11,7 +11,6 @@ from mooring.v1 import adapter_pb2_grpc, media_pb2
 from mooring_server.engine.adapters import export_diffusers, to_safetensors, too_large
 from mooring_server.engine.formats import MAX_FILES
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.jobs import subjects as lifecycle
 from mooring_server.jobs.imports import ImportRequest, import_adapter
 from mooring_server.rpc import caller, convert, names, transfer
 from mooring_server.rpc.edge import Context
@@ -221,9 +220,7 @@ def _list(runtime: Runtime, tenant: str, request: pb.ListAdaptersRequest) -> pb.
 
 
 def _delete(runtime: Runtime, where: names.Resolved) -> None:
-    for deleted in lifecycle.delete_adapter(
-        runtime.store, runtime.objects, where.tenant, where.id, where.version, alias=where.alias
-    ):
+    for deleted in runtime.store.delete_adapter(where.tenant, where.id, where.version, alias=where.alias):
         runtime.adapters.forget(deleted.object_key)
 
 

@@ -132,7 +132,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 f"Job {job.job_id!r} made no file {request.filename[:100]!r}.",
                 remedy=f"It made {len(artifacts)} files: {some}{', …' if len(artifacts) > 5 else ''}.",
             )
-        data = await asyncio.to_thread(self._runtime().objects.get, found["object_key"])
+        data = await asyncio.to_thread(_stored, self._runtime(), found["object_key"])
         yield pb.DownloadArtifactResponse(
             file=transfer.header_of(found["filename"], data, found["media_type"])
         )
@@ -167,8 +167,20 @@ def _result(job: Job) -> Document:
 
 
 def _stored_json(runtime: Runtime, key: str) -> Document:
-    content: Document = json.loads(runtime.objects.get(key))
+    content: Document = json.loads(_stored(runtime, key))
     return content
+
+
+def _stored(runtime: Runtime, key: str) -> bytes:
+    try:
+        return runtime.objects.get(key)
+    except KeyError:
+        days = runtime.settings.gc_result_days
+        raise MooringError(
+            Reason.ARTIFACT_NOT_FOUND,
+            f"The job's files are gone: they are kept for {days:g} days after its end.",
+            remedy="Start the job again if you need them.",
+        ) from None
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ _MAX_TEXT = 300
 _RETRY_MILLISECONDS: Mapping[Reason, int] = {
     Reason.DRAINING: 1000,
     Reason.QUEUE_FULL: 2000,
+    Reason.STORAGE_UNAVAILABLE: 2000,
     Reason.IDENTITY_UNAVAILABLE: 2000,
 }
 _NEVER = -1

@@ -78,6 +78,7 @@ class Adapters(Jobs):
             if job_id is None:
                 self.require_room(connection, tenant, adapters=1, size_bytes=size_bytes)
             job = None if job_id is None else self._held(connection, tenant, job_id, lease)
+            self.require_not_condemned(connection, [object_key])
             heads = schema.adapter_heads
             bump = self.upsert(heads).values(tenant=tenant, adapter_id=adapter_id, last_version=1)
             bump = bump.on_conflict_do_update(

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
+import sqlite3
 import time
 import unicodedata
 import uuid
@@ -35,13 +37,26 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.errors import FieldViolation, MooringError, Reason, StorageUnavailableError
 from mooring_server.storage import migrate, schema
 from mooring_server.storage.pages import PageTokens
 
+log = logging.getLogger(__name__)
+
 _BUSY_TIMEOUT_SECONDS = 30.0
 _PAGE_KEY = "page_key"
+_OBJECTS_LOCK = 0x4D6F6F73  # PostgreSQL advisory lock
+_SQLITE_AWAY = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+}
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
 
@@ -77,13 +92,17 @@ class Database:
         options = (
             {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         )
-        with self._engine.connect().execution_options(**options) as connection, connection.begin():
+        with (
+            _typed(),
+            self._engine.connect().execution_options(**options) as connection,
+            connection.begin(),
+        ):
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A write transaction: committed at the end of the block, rolled back when it raises."""
-        with self._writer.begin() as connection:
+        with _typed(), self._writer.begin() as connection:
             yield connection
 
     def now(self, connection: Connection) -> float:
@@ -93,6 +112,23 @@ class Database:
         if self._is_sqlite:
             return time.time()
         return float(connection.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
+
+    def lock_objects(self, connection: Connection, *, exclusive: bool) -> None:
+        """Until the end of the transaction: exclusive to judge what is referred to, shared to refer to it."""
+        if not self._is_sqlite:  # where one writes, no other does
+            lock = func.pg_advisory_xact_lock if exclusive else func.pg_advisory_xact_lock_shared
+            connection.execute(select(lock(_OBJECTS_LOCK)))
+
+    def require_not_condemned(self, connection: Connection, keys: Sequence[str]) -> None:
+        """Called in the transaction that begins to refer to objects; see `garbage`.
+
+        Raises:
+            MooringError: STORAGE_UNAVAILABLE when one was collected meanwhile; a repeat writes a new one.
+        """
+        self.lock_objects(connection, exclusive=False)
+        column = schema.condemned_objects.c.object_key
+        if connection.execute(select(column).where(column.in_(keys)).limit(1)).first() is not None:
+            raise StorageUnavailableError("What was uploaded was taken for garbage before it was done.")
 
     def upsert(self, table: Table) -> postgresql.Insert | sqlite.Insert:
         """An INSERT that can say ON CONFLICT, in the database's dialect."""
@@ -172,6 +208,20 @@ class Database:
                 connection.execute(fresh.on_conflict_do_nothing())
                 known = connection.scalars(query).one()
         return bytes(known)
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """A database that is away, busy, full or read-only as STORAGE_UNAVAILABLE."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+        code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
+        if code is not None and code & 0xFF not in _SQLITE_AWAY:
+            raise
+        log.warning("the database fails: %s", error)
+        said = "is away." if code is None else f"fails: {getattr(error, 'orig', error)}."
+        raise StorageUnavailableError(f"The database {said}") from error
 
 
 def new_id() -> str:

@@ -281,14 +281,20 @@ class Jobs(Usage):
         self._notify(tenant, job_id)
         return job.last_event
 
-    def note_checkpoint(self, tenant: str, job_id: str, lease: str) -> None:
-        """Say that a checkpoint was stored: losing the runner from here on is a first loss again.
+    def note_checkpoint(self, tenant: str, job_id: str, lease: str, key: str) -> str | None:
+        """Make a stored object the job's checkpoint: losing the runner from here on is a first loss again.
+
+        Returns:
+            The key of the checkpoint before, which nothing refers to any more.
 
         Raises:
             LeaseLostError: the job is no longer this runner's.
         """
         with self.writing() as connection:
-            self._set(connection, self._held(connection, tenant, job_id, lease), crashes=0)
+            row = self._held(connection, tenant, job_id, lease)
+            self._set(connection, row, crashes=0, checkpoint_key=key)
+        before: str | None = row.checkpoint_key
+        return before
 
     def release_job(self, tenant: str, job_id: str, lease: str) -> None:
         """Hand the job back for another runner to go on with (drain); no effect when the lease is lost."""

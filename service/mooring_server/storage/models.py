@@ -100,6 +100,7 @@ class Job:
         result: what a SUCCEEDED job made.
         error: ``{"reason", "message", "remedy"}`` of a FAILED job.
         last_event: sequence number of the newest event, 0 when there is none.
+        checkpoint_key: where the newest checkpoint is; None before the first.
         attempts: how often a runner claimed the job.
         crashes: runners lost since the last checkpoint; the job fails when they become too many.
         worker, lease, lease_expires: who runs it, the fencing token of that claim, and until when.
@@ -124,6 +125,7 @@ class Job:
     update_time: float
     start_time: float | None
     end_time: float | None
+    checkpoint_key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,23 @@ server_state = Table(
     comment="Schema version and the key that signs page tokens.",
 )
 
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("holder", Text, nullable=False),
+    Column("expires", Double, nullable=False),
+    comment="Which replica does a background task, and until when no other one does.",
+)
+
+condemned_objects = Table(
+    "condemned_objects",
+    metadata,
+    Column("object_key", Text, primary_key=True),
+    Column("condemn_time", Double, nullable=False),
+    comment="Objects that are or were being deleted: no row may begin to refer to one.",
+)
+
 requests = Table(
     "requests",
     metadata,
@@ -144,6 +161,7 @@ jobs = Table(
     Column("update_time", Double, nullable=False),
     Column("start_time", Double),
     Column("end_time", Double),
+    Column("checkpoint_key", Text),
     UniqueConstraint("tenant", "job_id"),
     Index("jobs_by_tenant", "tenant", "number"),
     Index("jobs_to_claim", "state", "lease_expires", "number"),

@@ -7,9 +7,10 @@ tenant first and sees only that tenant's rows: what belongs to another looks lik
 from __future__ import annotations
 
 from mooring_server.storage.aliases import Aliases
+from mooring_server.storage.garbage import Garbage
 from mooring_server.storage.keys import Keys
 from mooring_server.storage.subjects import Subjects
 
 
-class Store(Subjects, Aliases, Keys):
+class Store(Subjects, Aliases, Keys, Garbage):
     """Everything that is kept in SQL; `Store(url)` opens it and creates missing tables."""

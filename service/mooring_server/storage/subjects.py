@@ -144,6 +144,8 @@ class Subjects(Usage):
                 connection, tenant, "UploadPhotos", request_id, payload=payload, resource=subject_id
             )
             known = {photo.sha256: photo for photo in self._photos(connection, tenant, subject_id)}
+            fresh = [photo.object_key for photo in photos if photo.sha256 not in known]
+            self.require_not_condemned(connection, fresh)
             now, position, before = self.now(connection), subject.next_position, len(known)
             sizes = {photo.sha256: photo.size_bytes for photo in photos if photo.sha256 not in known}
             self.require_room(connection, tenant, size_bytes=sum(sizes.values()))

@@ -134,6 +134,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNAUTHENTICATED: there is no credential, or none that is valid; what is wrong with it is in the server's log alone."""
     ERROR_REASON_IDENTITY_UNAVAILABLE: _ErrorReason.ValueType  # 43
     """UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat."""
+    ERROR_REASON_STORAGE_UNAVAILABLE: _ErrorReason.ValueType  # 44
+    """UNAVAILABLE: the database or the objects cannot be used just now; repeat later."""
+    ERROR_REASON_OBJECT_DAMAGED: _ErrorReason.ValueType  # 45
+    """DATA_LOSS: the bytes that are stored are not the ones that were written; the operator has to restore them."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 35
     """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 
@@ -256,6 +260,10 @@ ERROR_REASON_NOT_AUTHENTICATED: ErrorReason.ValueType  # 42
 """UNAUTHENTICATED: there is no credential, or none that is valid; what is wrong with it is in the server's log alone."""
 ERROR_REASON_IDENTITY_UNAVAILABLE: ErrorReason.ValueType  # 43
 """UNAVAILABLE: the keys that credentials are checked with cannot be read at the moment; repeat."""
+ERROR_REASON_STORAGE_UNAVAILABLE: ErrorReason.ValueType  # 44
+"""UNAVAILABLE: the database or the objects cannot be used just now; repeat later."""
+ERROR_REASON_OBJECT_DAMAGED: ErrorReason.ValueType  # 45
+"""DATA_LOSS: the bytes that are stored are not the ones that were written; the operator has to restore them."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 35
 """INTERNAL: a defect of the server; the message holds the request id to look for in its log."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
