@@ -364,9 +364,16 @@ class Server:
             worker = RunnerSettings().worker
             interval = settings.gc_interval_seconds
             self._sweeper = Sweeper(store, objects, retention, interval=interval, worker=worker)
-        self._metrics.watch_jobs(store.count_jobs, lambda: store.running_progress("train"))
+        self._metrics.watch_jobs(
+            store.count_jobs,
+            lambda: store.running_progress("train"),
+            store.oldest_pending,
+            self._runner.ages,
+        )
         self._metrics.device_bytes.labels("weights").set(_weight_bytes(base))
         self._metrics.device_bytes.labels("arena").set(bank.arena.nbytes)
+        if base.device.type == "cuda":
+            _watch_device(self._metrics, base.device)
         self._runtime = Runtime(
             settings=settings,
             metrics=self._metrics,
@@ -523,6 +530,17 @@ def _judges(settings: Settings, *, packaged: bool) -> Judges | None:
             remedy="Set both MOORING_CLIP_JUDGE and MOORING_DINO_JUDGE, or neither.",
         )
     return Judges.load(clip, dino, device=settings.device)
+
+
+def _watch_device(metrics: Metrics, device: torch.device) -> None:
+    """What torch holds of the device, and how large it is, read at each scrape."""
+    kinds: dict[str, Callable[[], float]] = {
+        "allocated": lambda: torch.cuda.memory_allocated(device),
+        "reserved": lambda: torch.cuda.memory_reserved(device),
+        "total": lambda: torch.cuda.get_device_properties(device).total_memory,
+    }
+    for kind, read in kinds.items():
+        metrics.device_bytes.labels(kind).set_function(read)
 
 
 def _weight_bytes(base: BaseModel) -> int:

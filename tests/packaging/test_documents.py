@@ -58,7 +58,8 @@ def test_every_metric_is_documented() -> None:
     from mooring_server.telemetry.metrics import Metrics
 
     metrics = Metrics("0").registry._collector_to_names
-    names = {collector._name + ("_total" if collector._type == "counter" else "") for collector in metrics}
+    ours = [collector for collector in metrics if hasattr(collector, "_name")]  # process_* is the library's
+    names = {collector._name + ("_total" if collector._type == "counter" else "") for collector in ours}
     assert names
     assert not {name for name in names if f"`{name}`" not in OPERATIONS}
 

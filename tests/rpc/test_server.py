@@ -132,7 +132,7 @@ def test_metrics_count_what_was_done(server, stubs):
     assert grew("mooring_images_total") == 2
     assert grew("mooring_steps_total") == 6
     assert grew("grpc_server_handled_total", 'grpc_method="Generate"', 'grpc_code="OK"') == 1
-    assert grew("mooring_queue_wait_seconds_count") == 1
+    assert grew("mooring_queue_wait_seconds_count", 'class="interactive"') == 1
     assert grew("mooring_stage_seconds_count", 'stage="denoise"') == 3
     assert grew("mooring_prompt_cache_queries_total") > grew("mooring_prompt_cache_hits_total")
     assert grew("mooring_stage_seconds_count", 'stage="text_encode"') >= 1

@@ -26,7 +26,7 @@ from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PromptSets
 from mooring_server.jobs.evaluate_job import EvaluateJob
-from mooring_server.jobs.session import JobSession, Stop, StoppedError, Submitter, Timing
+from mooring_server.jobs.session import JobSession, SessionObserver, Stop, StoppedError, Submitter, Timing
 from mooring_server.jobs.train_job import TrainJob
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, JobState
@@ -45,7 +45,7 @@ class JobWork(Protocol):
         """Do the whole job, including its end; see `TrainJob.run`."""
 
 
-class RunnerObserver(Protocol):
+class RunnerObserver(SessionObserver, Protocol):
     """Receives the runner's numbers, on its threads. Telemetry implements it."""
 
     def job_claimed(self, kind: str, *, resumed: bool) -> None:
@@ -144,6 +144,14 @@ class JobRunner:
             thread.join(max(0.0, deadline - time.monotonic()))
         self._unsubscribe()
 
+    def ages(self) -> list[tuple[str, float, float | None]]:
+        """Kind, seconds since the last progress and since the last checkpoint of each job run here.
+
+        The last is None for a job that has nothing to save yet, or never has.
+        """
+        with self._lock:
+            return [(session.job.kind, *session.ages()) for session in self._sessions]
+
     def _wake(self) -> None:
         for wake in self._wakes.values():
             wake.set()
@@ -165,7 +173,9 @@ class JobRunner:
         if observer is not None:
             observer.job_claimed(job.kind, resumed=job.attempts > 1)
         log.info("job %s (%s) claimed, attempt %d", job.job_id, job.kind, job.attempts)
-        with JobSession(self._store, self._objects, self._engine, job, self._timing) as session:
+        with JobSession(
+            self._store, self._objects, self._engine, job, self._timing, observer=observer
+        ) as session:
             with self._lock:
                 self._sessions.add(session)
                 draining = self._stopping.is_set()

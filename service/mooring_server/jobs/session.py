@@ -66,6 +66,16 @@ class Submitter(Protocol):
         """Run a generator, one `next` per tick."""
 
 
+class SessionObserver(Protocol):
+    """Receives a session's numbers. Telemetry implements it."""
+
+    def job_step(self, kind: str, seconds: float) -> None:
+        """A step of a training took so long; on the engine's thread."""
+
+    def trained(self, drift: float, budget: float) -> None:
+        """A training with a budget ended with that drift, both as shares of the base's guidance energy."""
+
+
 class Stop(StrEnum):
     """Why a job must stop before its end."""
 
@@ -108,12 +118,23 @@ class JobSession:
         engine: runs the generators.
         job: as claimed.
         timing: paces.
+        observer: receives numbers.
     """
 
     def __init__(
-        self, store: Store, objects: ObjectStore, engine: Submitter, job: Job, timing: Timing
+        self,
+        store: Store,
+        objects: ObjectStore,
+        engine: Submitter,
+        job: Job,
+        timing: Timing,
+        *,
+        observer: SessionObserver | None = None,
     ) -> None:
-        self.store, self.objects, self.job = store, objects, job
+        self.store, self.objects, self.job, self.observer = store, objects, job, observer
+        self._told = time.monotonic()
+        self._saved: float | None = None
+        self._step = 0
         self._engine, self._timing = engine, timing
         self._folder = f"jobs/{job.job_id}"
         self._news = threading.Event()
@@ -248,11 +269,29 @@ class JobSession:
     def report(self, progress: Document, previews: Sequence[Pixels] = ()) -> None:
         """Note the newest progress; previews are kept until they are written, progress only if newest."""
         step = int(progress.get("step", 0))
+        self._note_pace(step, str(progress.get("phase")))
         with self._lock:
             self._progress, self._phase = progress, str(progress.get("phase"))
             self._previews += [(step, index, pixels) for index, pixels in enumerate(previews)]
         if previews or progress.get("phase") != self._phase_written:
             self._news.set()
+
+    def ages(self) -> tuple[float, float | None]:
+        """Seconds since the last progress and the last checkpoint (before it: since the steps began)."""
+        now, saved = time.monotonic(), self._saved
+        return now - self._told, None if saved is None else now - saved
+
+    def _note_pace(self, step: int, phase: str) -> None:
+        now = time.monotonic()
+        if phase == CHECKPOINTED_PHASE:
+            done = step - self._step
+            if self._phase == phase and done > 0 and self.observer is not None:
+                for _ in range(done):
+                    self.observer.job_step(self.job.kind, (now - self._told) / done)
+            self._saved = self._saved or now
+        else:
+            self._saved = None  # what comes after the steps is not saved, and short
+        self._step, self._told = step, now
 
     def load(self) -> bytes | None:
         """The job's last checkpoint (training's CheckpointStore)."""
@@ -324,6 +363,7 @@ class JobSession:
             self._checkpoint_key = key
             if before is not None and before != key:
                 self._discard(before)
+            self._saved = None if self._saved is None else time.monotonic()
 
         self._while_leased(write, "checkpoint")
 

@@ -75,6 +75,8 @@ class TrainJob:
         session.persist(lambda: session.objects.put(key, data))
         history = json.dumps(finite({"rows": result.history})["rows"]).encode()
         artifacts = [session.put_artifact("history.json", "application/json", history)]
+        if session.observer is not None and config.target_drift:
+            session.observer.trained(result.drift.figure.value, config.target_drift)
         session.persist(
             lambda: session.store.publish_adapter(
                 tenant,

@@ -24,7 +24,7 @@ import grpc.aio
 import structlog
 
 from mooring_server.errors import MooringError, Reason
-from mooring_server.rpc import permissions, status, wire
+from mooring_server.rpc import facts, permissions, status, wire
 from mooring_server.rpc.caller import CALLER, Caller
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.permissions import Permission, Rule
@@ -189,6 +189,7 @@ class EdgeInterceptor(_ServerInterceptor):
         structlog.contextvars.bind_contextvars(request_id=request_id, method=call.name)
         labels = (call.shape, call.service, call.method)
         code, reason, started = grpc.StatusCode.OK, "", time.perf_counter()
+        done = facts.begin()
         self._metrics.started.labels(*labels).inc()
         if not call.quiet:
             self._gate.enter()
@@ -225,6 +226,8 @@ class EdgeInterceptor(_ServerInterceptor):
             seconds = time.perf_counter() - started
             self._metrics.handled.labels(*labels, code.name).inc()
             self._metrics.handling.labels(*labels).observe(seconds)
+            if reason:
+                self._metrics.errors.labels(reason).inc()
             write = log.debug if call.quiet else log.warning if code is grpc.StatusCode.INTERNAL else log.info
             write(
                 "rpc",
@@ -232,6 +235,7 @@ class EdgeInterceptor(_ServerInterceptor):
                 seconds=round(seconds, 6),
                 peer=context.peer(),
                 **({"reason": reason} if reason else {}),
+                **done,
             )
             if not call.quiet:
                 self._metrics.in_flight.dec()

@@ -24,7 +24,7 @@ from mooring_server.engine.requests import (
 )
 from mooring_server.engine.tasks import TaskHandle
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.rpc import names
+from mooring_server.rpc import facts, names
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Runtime, find_adapter
 
@@ -100,6 +100,7 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
         raise
     texts = (request.prompt, request.negative_prompt)
     checks = [runtime.base.check_prompt(text, request.embeddings) for text in texts]
+    facts.note_request(request.prompt, (use.weights.digest for use in request.adapters))
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
     return Prepared(request, tuple(name for name, _ in found), tuple(unknown))
 

@@ -18,7 +18,7 @@ from mooring_server.engine.tiers.host import require_base
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.jobs.photos import MAX_PHOTO_BYTES
-from mooring_server.rpc import caller, convert, generation, images, names, quotas, status
+from mooring_server.rpc import caller, convert, facts, generation, images, names, quotas, status
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, find_adapter, require_no_drain
@@ -78,7 +78,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
                     for chunk in await _chunks(runtime, event):
                         yield pb.GenerateResponse(image=chunk)
                 elif isinstance(event, Progress):
-                    _note_step(runtime, watch)
+                    _note_step(runtime, watch, TaskClass.INTERACTIVE)
                     progress = pb.GenerateProgress(step=event.step, steps=event.steps)
                     if event.preview is not None:
                         progress.previews.append(await asyncio.to_thread(images.preview, event.preview))
@@ -154,7 +154,7 @@ async def _batch_results(
                     chunks = await _chunks(runtime, event)
                     yield [pb.GenerateBatchResponse(id=message.id, image=chunk) for chunk in chunks]
                 elif isinstance(event, Progress):
-                    _note_step(runtime, watch)
+                    _note_step(runtime, watch, TaskClass.BATCH)
             break
         except MooringError as error:
             # A full queue means that other calls are ahead: this one waits its turn rather than fail.
@@ -172,6 +172,7 @@ async def _chunks(runtime: Runtime, event: ImageReady) -> list[media_pb2.ImageCh
     """A finished image as messages, counted; the picture is compressed off the event loop."""
     chunks = await asyncio.to_thread(images.image_chunks, event.index, event.seed, event.image)
     runtime.metrics.images.inc()
+    facts.add("images", 1)
     return chunks
 
 
@@ -307,10 +308,11 @@ def _within(field: str, check: Callable[[], T]) -> T:
         ) from None
 
 
-def _note_step(runtime: Runtime, watch: Stopwatch) -> None:
+def _note_step(runtime: Runtime, watch: Stopwatch, klass: TaskClass) -> None:
     waited = watch.step()
     if waited is not None:
-        runtime.metrics.queue_wait.observe(waited)
+        facts.add("queue_seconds", waited)
+        runtime.metrics.queue_wait.labels(klass.name.lower()).observe(waited)
 
 
 def _steps(prepared: Prepared) -> int:

@@ -186,6 +186,15 @@ class Jobs(Usage):
         with self.reading() as connection:
             return {(kind, JobState(state)): count for kind, state, count in connection.execute(query)}
 
+    def oldest_pending(self) -> dict[str, float]:
+        """Seconds since the oldest waiting job of each kind was made, of all tenants, for metrics."""
+        table = schema.jobs
+        query = select(table.c.kind, func.min(table.c.create_time)).filter_by(state=JobState.PENDING)
+        with self.reading() as connection:
+            now = self.now(connection)
+            oldest = connection.execute(query.group_by(table.c.kind)).all()
+            return {kind: max(0.0, now - made) for kind, made in oldest}
+
     def running_progress(self, kind: str) -> list[Document]:
         """The newest progress of every running job of a kind, of all tenants, for metrics."""
         query = select(schema.jobs.c.progress).filter_by(kind=kind, state=JobState.RUNNING)

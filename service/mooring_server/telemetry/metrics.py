@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -18,9 +18,12 @@ _LOADS = (0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 
 _CALLS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _JOBS = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 10)
 
 JobCounts = Mapping[tuple[str, Any], int]
 TrainingFigures = Iterable[Mapping[str, Any]]
+JobAges = Iterable[tuple[str, float, float | None]]
+"""(kind, seconds since its last progress, seconds since its last checkpoint) of each job run here."""
 
 
 class Metrics:
@@ -32,6 +35,7 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         rpc = ["grpc_type", "grpc_service", "grpc_method"]
         self.started = self._counter("grpc_server_started", "Calls that began.", rpc)
         self.handled = self._counter(
@@ -44,8 +48,12 @@ class Metrics:
         self.queue_depth = self._gauge(
             "mooring_queue_depth", "Engine tasks that wait or run.", ["class", "state"]
         )
+        self.errors = self._counter("mooring_errors", "Calls that failed, by ErrorInfo reason.", ["reason"])
         self.queue_wait = self._histogram(
-            "mooring_queue_wait_seconds", "From a request's arrival to its first step.", _CALLS, []
+            "mooring_queue_wait_seconds",
+            "From a request's arrival to the end of its first step.",
+            _CALLS,
+            ["class"],
         )
         self.tick_seconds = self._histogram(
             "mooring_tick_seconds", "One tick of the engine.", _FAST, ["class"]
@@ -90,6 +98,18 @@ class Metrics:
         self.load_seconds = self._histogram(
             "mooring_adapter_load_seconds", "A tier's own part of loading an adapter.", _LOADS, ["tier"]
         )
+        self.load_failures = self._counter(
+            "mooring_adapter_load_failures", "Loads of an adapter that failed, by reason.", ["reason"]
+        )
+        self.step_seconds = self._histogram(
+            "mooring_job_step_seconds", "Wall time of one optimiser step of a training.", _FAST, ["kind"]
+        )
+        self.trained_drift = self._histogram(
+            "mooring_trained_drift_ratio",
+            "Measured drift of a finished training as a share of its drift budget.",
+            _RATIOS,
+            [],
+        )
         self.photos = self._counter("mooring_photos", "Uploaded photos, by outcome.", ["outcome"])
         self.gate_decisions = self._counter(
             "mooring_gate_decisions", "Decisions of the gate on versions to be published.", ["verdict"]
@@ -104,15 +124,21 @@ class Metrics:
         info.labels(version).set(1)
 
     def watch_jobs(
-        self, counts: Callable[[], JobCounts], running_training: Callable[[], TrainingFigures]
+        self,
+        counts: Callable[[], JobCounts],
+        running_training: Callable[[], TrainingFigures],
+        oldest_pending: Callable[[], Mapping[str, float]],
+        ages: Callable[[], JobAges],
     ) -> None:
         """Export jobs by kind and state, and the figures of running trainings, read at each scrape.
 
         Args:
             counts: jobs by (kind, state) over all tenants.
             running_training: newest progress of each running training job.
+            oldest_pending: seconds that the oldest waiting job of a kind has waited.
+            ages: of the jobs that this process runs.
         """
-        self.registry.register(_JobCollector(counts, running_training))
+        self.registry.register(_JobCollector(counts, running_training, oldest_pending, ages))
 
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(name, text, labels, registry=self.registry)
@@ -137,10 +163,16 @@ class _JobCollector(Collector):
     }
 
     def __init__(
-        self, counts: Callable[[], JobCounts], running_training: Callable[[], TrainingFigures]
+        self,
+        counts: Callable[[], JobCounts],
+        running_training: Callable[[], TrainingFigures],
+        oldest_pending: Callable[[], Mapping[str, float]],
+        ages: Callable[[], JobAges],
     ) -> None:
         self._counts = counts
         self._running = running_training
+        self._oldest_pending = oldest_pending
+        self._ages = ages
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Names only, so that registering does not read the store."""
@@ -148,6 +180,7 @@ class _JobCollector(Collector):
         for name, text in self._FIGURES.items():
             yield GaugeMetricFamily(f"mooring_training_{name}", text)
         yield self._layer_sigma([])
+        yield from self._age_families([], {})
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One sample per kind and state; training figures while a training runs (the largest of several)."""
@@ -163,6 +196,25 @@ class _JobCollector(Collector):
                 family.add_metric([], max(values))
             yield family
         yield self._layer_sigma(running)
+        yield from self._age_families(self._ages(), self._oldest_pending())
+
+    @staticmethod
+    def _age_families(ages: JobAges, pending: Mapping[str, float]) -> Iterator[GaugeMetricFamily]:
+        """The worst of each kind."""
+        found: dict[str, dict[str, float]] = {"pending": dict(pending), "progress": {}, "checkpoint": {}}
+        for kind, progress, checkpoint in ages:
+            for name, age in (("progress", progress), ("checkpoint", checkpoint)):
+                if age is not None:
+                    found[name][kind] = max(age, found[name].get(kind, 0.0))
+        for name, metric, text in (
+            ("pending", "oldest_pending", "How long the oldest job has waited to be taken up."),
+            ("progress", "progress_age", "Since a job run by this process last told its progress."),
+            ("checkpoint", "checkpoint_age", "Since a training run by this process was last saved."),
+        ):
+            family = GaugeMetricFamily(f"mooring_job_{metric}_seconds", text, labels=["kind"])
+            for kind, age in sorted(found[name].items()):
+                family.add_metric([kind], age)
+            yield family
 
     @staticmethod
     def _layer_sigma(running: Sequence[Mapping[str, Any]]) -> GaugeMetricFamily:

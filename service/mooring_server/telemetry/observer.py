@@ -69,6 +69,10 @@ class MetricsObserver:
         """A tier now holds so many bytes."""
         self._metrics.cache_bytes.labels(tier).set(size)
 
+    def tier_failed(self, reason: str) -> None:
+        """A load failed."""
+        self._metrics.load_failures.labels(reason).inc()
+
     def job_claimed(self, kind: str, *, resumed: bool) -> None:
         """A job was claimed, for the first time or again."""
         self._metrics.jobs_claimed.labels(kind, "resumed" if resumed else "first").inc()
@@ -77,3 +81,11 @@ class MetricsObserver:
         """The runner is done with a job."""
         self._metrics.jobs_ended.labels(kind, outcome.lower()).inc()
         self._metrics.job_seconds.labels(kind).observe(seconds)
+
+    def job_step(self, kind: str, seconds: float) -> None:
+        """A step of a training took so long."""
+        self._metrics.step_seconds.labels(kind).observe(seconds)
+
+    def trained(self, drift: float, budget: float) -> None:
+        """A training ended with that drift."""
+        self._metrics.trained_drift.observe(drift / budget)

@@ -256,6 +256,7 @@ class AdapterTiers:
             with self._lock:
                 self._drop(entry)
             self._tell([])
+            self._observer.tier_failed(str(error.reason) if isinstance(error, MooringError) else "UNEXPECTED")
             entry.load.set_exception(error)
             return
         with self._lock:

@@ -20,6 +20,9 @@ class TierObserver(Protocol):
         copied the row into a slot (on CUDA: started the copy).
         """
 
+    def tier_failed(self, reason: str) -> None:
+        """A load failed: the reason of its error, or UNEXPECTED where it had none."""
+
     def tier_evicted(self, tier: Tier, count: int) -> None:
         """A tier dropped adapters to make room."""
 
@@ -34,6 +37,9 @@ class Unobserved:
         """As `TierObserver`."""
 
     def tier_loaded(self, tier: Tier, seconds: float) -> None:
+        """As `TierObserver`."""
+
+    def tier_failed(self, reason: str) -> None:
         """As `TierObserver`."""
 
     def tier_evicted(self, tier: Tier, count: int) -> None:
