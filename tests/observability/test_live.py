@@ -30,6 +30,7 @@ NEEDS_AN_EVENT = {
     "MooringQueueFull": "no queue was full",
     "MooringUnexpectedErrors": "the server met no fault of its own",
     "MooringOutOfMemory": "nothing was too large",
+    "MooringAdapterThrashing": "no adapter had to leave its slot",
     "MooringDeviceMemoryHigh": "a CPU has no device memory of its own",
     "MooringJobsFailing": "no job failed",
     "MooringLeasesLost": "no job was taken over",

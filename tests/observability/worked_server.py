@@ -120,7 +120,12 @@ def _work(client: mooring.Client, worked: Worked) -> None:
     client.wait(_train(worked, "rex", steps=4))
     client.wait(
         client.evaluate(
-            "rex", prompts=[PROMPT], generic_prompts=["a red car", "a blue cat"], seeds=[0], steps=2, class_samples=2
+            "rex",
+            prompts=[PROMPT],
+            generic_prompts=["a red car", "a blue cat"],
+            seeds=[0],
+            steps=2,
+            class_samples=2,
         )
     )
     client.images(PROMPT, adapter="rex", steps=2)
