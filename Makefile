@@ -57,6 +57,7 @@ test-all: lint go ## the same with the slow tests
 
 # The Go client's tests start the server of .venv. Where Go is missing they are not run, and that is said: unless
 # MOORING_TEST_GO=require, which continuous integration sets. The race detector needs a C compiler.
+# Never from the cache (-count=1): Go cannot know that the server has changed.
 go: $(STAMP) ## Go client: gofmt, vet, staticcheck, tests with the race detector
 	@if cd clients/go && go list -m >/dev/null 2>&1; then \
 		echo "==> Go client ($$(go env GOVERSION))"; \
@@ -64,7 +65,7 @@ go: $(STAMP) ## Go client: gofmt, vet, staticcheck, tests with the race detector
 		go vet ./... && "$$(cd ../.. && $(BIN)/python -m tools.protos staticcheck)" ./... || exit 1; \
 		race=-race; command -v "$$(go env CC)" >/dev/null || race=; \
 		test "$$race" || { echo "==> no C compiler: without the race detector"; test "$(MOORING_TEST_GO)" != require; } && \
-		go test $$race ./...; \
+		go test -count=1 $$race ./...; \
 	elif [ "$(MOORING_TEST_GO)" = require ]; then \
 		echo "MOORING_TEST_GO=require, and no Go that takes clients/go/go.mod is on the PATH" >&2; exit 1; \
 	else \
