@@ -2,10 +2,8 @@ package mooring
 
 import (
 	"context"
-	"errors"
 	"io"
 	"iter"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -109,22 +107,17 @@ func (c *Client) Watch(
 ) iter.Seq2[*mooringv1.WatchJobResponse, error] {
 	return func(yield func(*mooringv1.WatchJobResponse, error) bool) {
 		request := &mooringv1.WatchJobRequest{Name: resourceName("jobs", job), AfterSequence: after}
-		heard, started, failures := time.Now(), false, 0
+		resume := c.newResume()
 		for {
 			ended, left, err := c.watchOnce(ctx, request, func(event *mooringv1.WatchJobResponse) bool {
-				heard, started, failures = time.Now(), true, 0
+				resume.heard()
 				return yield(event, nil)
 			})
 			if ended || left {
 				return
 			}
-			if !worthResuming(err) || !started || time.Since(heard) > c.patience {
+			if err := resume.after(ctx, err); err != nil {
 				yield(nil, err)
-				return
-			}
-			failures++
-			if err := pause(ctx, resumeDelay(failures, err)); err != nil {
-				yield(nil, AsError(err))
 				return
 			}
 		}
@@ -158,32 +151,6 @@ func (c *Client) watchOnce(
 		if !take(event) {
 			return ended, true, nil
 		}
-	}
-}
-
-func worthResuming(err error) bool {
-	var failure *Error
-	return errors.As(err, &failure) && failure.Code == codes.Unavailable
-}
-
-// resumeDelay doubles from 0.2 s to 3 s, and is at least what the server asked for.
-func resumeDelay(failures int, err error) time.Duration {
-	delay := min(100*time.Millisecond<<min(failures, 5), 3*time.Second)
-	var failure *Error
-	if errors.As(err, &failure) {
-		delay = max(delay, failure.RetryAfter)
-	}
-	return delay
-}
-
-func pause(ctx context.Context, delay time.Duration) error {
-	timer := time.NewTimer(delay)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-timer.C:
-		return nil
 	}
 }
 
