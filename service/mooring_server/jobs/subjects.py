@@ -91,7 +91,7 @@ class PhotoUpload:
         Raises:
             MooringError: the files' common reason (BAD_IMAGE when they differ), with a violation
                 ``files[i]`` per bad file; INVALID_FIELD without any file; SUBJECT_NOT_FOUND;
-                TOO_MANY_PHOTOS. Nothing was stored.
+                TOO_MANY_PHOTOS; QUOTA_EXCEEDED. Nothing was stored.
         """
         if self._errors:
             raise self._combined()
@@ -104,7 +104,10 @@ class PhotoUpload:
             )
         tenant, subject_id = self._subject.tenant, self._subject.subject_id
         known = {photo.sha256 for photo in self._store.photos(tenant, subject_id)}
-        if len(known | self._checked.keys()) <= MAX_PHOTOS:  # otherwise add_photos refuses; store nothing
+        added_bytes = sum(row.size_bytes for row, _ in self._checked.values() if row.sha256 not in known)
+        # what add_photos will refuse must not fill the store before it does
+        self._store.check_room(tenant, size_bytes=added_bytes)
+        if len(known | self._checked.keys()) <= MAX_PHOTOS:
             for row, png in self._checked.values():
                 if row.sha256 not in known:
                     self._objects.put(row.object_key, png)

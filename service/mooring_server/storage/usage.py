@@ -71,6 +71,11 @@ class Usage(Database):
             if used + more > limit:
                 raise quota_exceeded(cause, limit=limit, used=used, retry_after=retry)
 
+    def check_room(self, tenant: str, *, size_bytes: int) -> None:
+        """Refuse early what `require_room` would, before anything is written. Raises QUOTA_EXCEEDED."""
+        with self.reading() as connection:
+            self.require_room(connection, tenant, size_bytes=size_bytes)
+
     def add_device_seconds(self, seconds: dict[str, float]) -> None:
         """Add engine time to today's account of each tenant."""
         table = schema.device_use
