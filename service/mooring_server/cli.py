@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from mooring_server import cli_health, cli_work
+from mooring_server.cli_audit import audit
 from mooring_server.cli_keys import keys
 from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, out
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.add_typer(subjects, name="subjects")
 app.add_typer(adapters, name="adapters")
 app.add_typer(jobs, name="jobs")
+app.add_typer(audit, name="audit")
 app.add_typer(db, name="db")
 app.add_typer(keys, name="keys")
 app.command("gc", epilog=EXIT_CODE_HELP)(gc)

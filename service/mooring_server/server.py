@@ -69,6 +69,7 @@ from mooring_server.storage.buckets import open_objects
 from mooring_server.storage.garbage import Retention
 from mooring_server.storage.store import Store
 from mooring_server.telemetry import logs
+from mooring_server.telemetry.audit_watch import AuditWatch
 from mooring_server.telemetry.metrics import Metrics
 from mooring_server.telemetry.observer import MetricsObserver
 
@@ -127,6 +128,7 @@ class Server:
         self._quotas = Quotas(settings.quota_of, time.monotonic)
         self._runner: JobRunner | None = None
         self._sweeper: Sweeper | None = None
+        self._audit_watch: AuditWatch | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._grpc: grpc.aio.Server | None = None
         self._probes: Probes | None = None
@@ -162,6 +164,8 @@ class Server:
         self._runner.start()
         if self._sweeper is not None:
             self._sweeper.start()
+        if self._audit_watch is not None:
+            self._audit_watch.start()
         log.info(
             "serving",
             target=self.target,
@@ -215,7 +219,15 @@ class Server:
         )
         await authenticator.start()
         reflecting = Permission.READ if settings.reflection == "authenticated" else Permission.OPEN
-        access = Access(authenticator, self._quotas, partial(permissions.rule_of, reflection=reflecting))
+
+        async def denied(tenant: str, method: str) -> None:
+            if self._runtime is not None:  # a server that is not ready has nothing to protect yet
+                record = partial(self._runtime.store.record, tenant, method, "", decision="denied")
+                await asyncio.to_thread(record)
+
+        access = Access(
+            authenticator, self._quotas, partial(permissions.rule_of, reflection=reflecting), denied
+        )
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(self._metrics, self._gate, access)],
             options=_OPTIONS,
@@ -364,6 +376,7 @@ class Server:
             worker = RunnerSettings().worker
             interval = settings.gc_interval_seconds
             self._sweeper = Sweeper(store, objects, retention, interval=interval, worker=worker)
+        self._audit_watch = AuditWatch(store.verify_audit, self._metrics)
         self._metrics.watch_jobs(
             store.count_jobs,
             lambda: store.running_progress("train"),
@@ -400,6 +413,8 @@ class Server:
     def _close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.stop()
+        if self._audit_watch is not None:
+            self._audit_watch.stop()
         if self._runtime is not None:
             self._runtime.engine.close()
             self._runtime.adapters.close()

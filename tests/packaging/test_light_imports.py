@@ -39,6 +39,8 @@ COMMANDS = [
     "demo",
     "health",
     "jobs watch",
+    "audit",
+    "audit verify",
     "db",
     "db upgrade",
     "gc",

@@ -68,6 +68,9 @@ class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
             )
         where = names.resolve_adapter(caller.tenant(), request.name)
         files = await asyncio.to_thread(_files, self._runtime(), where, request.format)
+        await asyncio.to_thread(
+            self._runtime().store.record, where.tenant, "ExportAdapter", request.name, decision="allowed"
+        )
         for filename, data in files.items():
             yield pb.ExportAdapterResponse(file=transfer.header_of(filename, data))
             for chunk in transfer.chunks(data):

@@ -29,6 +29,7 @@ from mooring_server.rpc.caller import CALLER, Caller
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.permissions import Permission, Rule
 from mooring_server.rpc.quotas import Quotas
+from mooring_server.storage.audit import ACTOR, Actor
 from mooring_server.telemetry.logs import get_logger
 from mooring_server.telemetry.metrics import Metrics
 
@@ -86,6 +87,10 @@ class Gate:
             self.idle.set()
 
 
+async def _untold(_tenant: str, _method: str) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class Access:
     """Who may call what, and how often.
@@ -94,11 +99,13 @@ class Access:
         authenticator: finds the identity behind a call.
         quotas: count calls.
         rule_of: what "package.Service/Method" needs; None refuses it to everybody.
+        denied: told the tenant and the method of a call that a role was denied.
     """
 
     authenticator: Authenticator
     quotas: Quotas
     rule_of: Callable[[str], Rule | None]
+    denied: Callable[[str, str], Awaitable[None]] = field(default=_untold)
 
 
 @dataclass(frozen=True)
@@ -177,7 +184,13 @@ class EdgeInterceptor(_ServerInterceptor):
             structlog.contextvars.bind_contextvars(
                 tenant=identity.tenant, role=identity.role.value, credential=identity.subject
             )
-            CALLER.set(Caller(identity, request_id, permissions.require(identity.role, rule)))
+            ACTOR.set(Actor(identity.subject, identity.role.value, call.name, request_id))
+            try:
+                allowed = permissions.require(identity.role, rule)
+            except MooringError:
+                await self._access.denied(identity.tenant, call.name)
+                raise
+            CALLER.set(Caller(identity, request_id, allowed))
             if not call.quiet:
                 self._access.quotas.take_call(identity.tenant)
         if not call.quiet:

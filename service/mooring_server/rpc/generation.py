@@ -101,6 +101,14 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
     texts = (request.prompt, request.negative_prompt)
     checks = [runtime.base.check_prompt(text, request.embeddings) for text in texts]
     facts.note_request(request.prompt, (use.weights.digest for use in request.adapters))
+    runtime.store.record(
+        tenant,
+        "Generate",
+        ",".join(name for name, _ in found),
+        decision="allowed",
+        prompt_hash=facts.prompt_hash(request.prompt),
+        digests=[use.weights.digest for use in request.adapters],
+    )
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
     return Prepared(request, tuple(name for name, _ in found), tuple(unknown))
 

@@ -111,6 +111,7 @@ class Adapters(Jobs):
                 result: Document = {"adapter": adapter.name, "digest": digest, "summary": summary}
                 result["artifacts"] = list(artifacts)
                 self._finish(connection, job, JobState.SUCCEEDED, result=result, error=None)
+            self.audit(connection, tenant, "AddAdapter", f"adapters/{adapter.name}", digests=[digest])
         if job_id is not None:
             self._notify(tenant, job_id)
         return adapter
@@ -213,6 +214,9 @@ class Adapters(Jobs):
                 raise _in_use(adapter_id, version, pointing)
             buried = update(table).filter_by(**key).values(delete_time=self.now(connection))
             rows = connection.execute(buried.returning(table)).all()
+            for row in rows:
+                name = f"adapters/{adapter_id}@{row.version}"
+                self.audit(connection, tenant, "DeleteAdapter", name, digests=[row.digest])
         if not rows:
             raise _not_found(adapter_id, version)
         return [adapter_of(row) for row in rows]

@@ -380,6 +380,8 @@ class Aliases(Adapters):
             "create_time": self.now(connection),
         }
         move = connection.execute(insert(moves).values(**values).returning(moves)).one()
+        pointed = f"adapters/{adapter_id}@{version}" if version is not None else f"adapters/{adapter_id}"
+        self.audit(connection, tenant, f"{kind}/{alias}", pointed)
         if version is None:
             connection.execute(delete(aliases).filter_by(tenant=tenant, adapter_id=adapter_id, alias=alias))
             return move

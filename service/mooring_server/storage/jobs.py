@@ -78,6 +78,7 @@ class Jobs(Usage):
             insert_row(connection, schema.jobs, values)
             self._append(connection, tenant, job_id, "state", {"state": JobState.PENDING})
             job = job_of(self._job_row(connection, tenant, job_id))
+            self.audit(connection, tenant, f"CreateJob/{kind}", f"jobs/{job_id}")
         self._notify(tenant, job_id)
         return job
 
@@ -145,6 +146,7 @@ class Jobs(Usage):
             elif row.state == JobState.RUNNING and not row.cancel_requested:
                 self._set(connection, row, cancel_requested=True)
             job = job_of(self._job_row(connection, tenant, job_id))
+            self.audit(connection, tenant, "CancelJob", f"jobs/{job_id}")
         self._notify(tenant, job_id)
         return job
 

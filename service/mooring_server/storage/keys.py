@@ -19,7 +19,8 @@ from sqlalchemy import Row, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
-from mooring_server.storage.database import Database, check_text, insert_row
+from mooring_server.storage.audit import Audit
+from mooring_server.storage.database import check_text, insert_row
 
 PREFIX = "moor_"
 """What tells an API key from a token."""
@@ -50,7 +51,7 @@ class KeyRefusedError(Exception):
         self.key_id = key_id
 
 
-class Keys(Database):
+class Keys(Audit):
     """Key rows."""
 
     def create_key(
@@ -76,6 +77,7 @@ class Keys(Database):
             row = ApiKey(key_id, tenant, role, label, self.now(connection), expire_time, None)
             values = vars(row) | {"secret_hash": _hash(key_id, secret)}
             insert_row(connection, schema.api_keys, values)
+            self.audit(connection, tenant, "CreateKey", f"keys/{key_id}")
         return row, f"{PREFIX}{key_id}_{secret}"
 
     def find_key(self, key: str) -> ApiKey:
@@ -124,6 +126,8 @@ class Keys(Database):
             closing = update(table).filter_by(key_id=key_id, revoke_time=None)
             connection.execute(closing.values(revoke_time=self.now(connection)))
             row = connection.execute(select(table).filter_by(key_id=key_id)).one_or_none()
+            if row is not None:
+                self.audit(connection, row.tenant, "RevokeKey", f"keys/{key_id}")
         if row is None:
             raise MooringError(
                 Reason.INVALID_FIELD,

@@ -295,3 +295,32 @@ alias_moves = Table(
     comment="Append-only history of aliases; `came_from` is the entry that a rollback goes back to.",
     sqlite_autoincrement=True,
 )
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("time", Double, nullable=False),
+    Column("tenant", _ID, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("method", Text, nullable=False),
+    Column("resource", Text, nullable=False),
+    Column("decision", Text, nullable=False),
+    Column("prompt_hash", Text, nullable=False),
+    Column("digests", Text, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("previous_hash", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+    Index("audit_log_by_tenant", "tenant", "number"),
+    comment="Append-only; every entry's hash covers its fields and the hash before it.",
+)
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, nullable=False),
+    Column("hash", Text, nullable=False),
+    comment="One row: the newest entry of the audit log. Appending locks it.",
+)

@@ -86,6 +86,7 @@ class Subjects(Usage):
                     f"Subject {subject_id!r} already exists.",
                     remedy="Choose another id, or delete that subject first.",
                 ) from None
+            self.audit(connection, tenant, "CreateSubject", f"subjects/{subject_id}")
             return _subject(self._subject_row(connection, tenant, subject_id))
 
     def get_subject(self, tenant: str, subject_id: str) -> Subject:
@@ -118,6 +119,7 @@ class Subjects(Usage):
                 select(schema.photos.c.object_key).filter_by(tenant=tenant, subject_id=subject_id)
             ).all()
             connection.execute(delete(schema.subjects).filter_by(tenant=tenant, subject_id=subject_id))
+            self.audit(connection, tenant, "DeleteSubject", f"subjects/{subject_id}")
         return list(keys)
 
     def add_photos(
@@ -170,6 +172,8 @@ class Subjects(Usage):
                 .filter_by(tenant=tenant, subject_id=subject_id)
                 .values(photo_count=len(known), next_position=position)
             )
+            added_digests = [f"sha256:{sha256}" for sha256 in sizes]
+            self.audit(connection, tenant, "UploadPhotos", f"subjects/{subject_id}", digests=added_digests)
         return [known[photo.sha256] for photo in photos], len(known) - before
 
     def photos(self, tenant: str, subject_id: str) -> list[Photo]:

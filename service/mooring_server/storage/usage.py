@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Table, func, select
 from mooring_server.config import Quota
 from mooring_server.errors import quota_exceeded
 from mooring_server.storage import schema
-from mooring_server.storage.database import Database
+from mooring_server.storage.audit import Audit
 from mooring_server.storage.models import FINAL_STATES
 
 DAY_SECONDS = 86_400.0
@@ -26,7 +26,7 @@ _TENANT_LOCK = 0x4D6F6F71  # PostgreSQL advisory locks: the space of tenants
 _UNLIMITED = Quota()
 
 
-class Usage(Database):
+class Usage(Audit):
     """Counts by tenant.
 
     Attributes:

@@ -117,6 +117,15 @@ class Metrics:
         self.device_bytes = self._gauge(
             "mooring_device_bytes", "Bytes on the device that are known, by kind.", ["kind"]
         )
+        self.audit_entries = self._gauge("mooring_audit_entries", "Entries of the audit log.", [])
+        self.audit_intact = self._gauge(
+            "mooring_audit_chain_intact", "1 while the audit log's chain holds, 0 once it did not.", []
+        )
+        self.audit_intact.set(1)
+        self.audit_verified = self._gauge(
+            "mooring_audit_verified_timestamp_seconds", "When the audit log was last verified.", []
+        )
+        self.audit_verified.set_to_current_time()
         self.ready = self._gauge(
             "mooring_ready", "1 while the base model is resident and calls are taken.", []
         )
