@@ -80,7 +80,7 @@ class FakeTraining:
         except GeneratorExit:
             self.closed += 1
             raise
-        figure = SimpleNamespace(to_json=lambda: {"value": 0.11, "low": 0.1, "high": 0.12})
+        figure = SimpleNamespace(value=0.11, to_json=lambda: {"value": 0.11, "low": 0.1, "high": 0.12})
         history = [{"step": step, "loss": self.loss, "strength": 2.0}]
         return SimpleNamespace(
             weights=weights_of(state), drift=SimpleNamespace(figure=figure), history=history, scale=1.0

@@ -68,6 +68,12 @@ class Replica:
     def job_claimed(self, kind: str, *, resumed: bool) -> None:
         pass
 
+    def job_step(self, kind: str, seconds: float) -> None:
+        assert seconds >= 0
+
+    def trained(self, drift: float, budget: float) -> None:
+        assert budget > 0
+
     def job_ended(self, kind: str, outcome: str, seconds: float) -> None:
         self.ended.append((kind, outcome))
 
