@@ -21,6 +21,7 @@ from mooring_server.engine.adapters import (
 )
 from mooring_server.engine.formats import SourceFormat, convert
 from mooring_server.engine.layer_names import layer_names
+from mooring_server.engine.lora_settings import DIFFUSERS_METADATA
 from mooring_server.engine.sampling import SampleRow, sample
 from mooring_server.errors import MooringError, Reason
 from peft import LoraConfig, get_peft_model
@@ -49,8 +50,13 @@ def kohya(adapter, *, ldm=False, alpha=None, dtype=torch.float32) -> dict[str, t
     """The adapter under kohya's names: dots as underscores, SDXL's UNet by its original blocks."""
     tensors = {}
     for path, factors in adapter.layers.items():
-        name = sgm_name(path.removeprefix("unet.")) if ldm else path.removeprefix("unet.")
-        name = "lora_unet_" + name.replace(".", "_")
+        component, _, module = path.partition(".")
+        if component == "unet":
+            name = "lora_unet_" + (sgm_name(module) if ldm else module)
+        else:  # by the number of the encoder where there are two
+            number = ("2" if component.endswith("_2") else "1") if ldm else ""
+            name = f"lora_te{number}_text_model_{module}"
+        name = name.replace(".", "_")
         tensors[f"{name}.lora_down.weight"] = factors.A.to(dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = factors.B.to(dtype).contiguous()
         if alpha is not None:
@@ -199,7 +205,7 @@ def test_every_layer_can_be_reached_from_every_format(which, request):
         assert reached == expected, start
     assert set(names.shapes) <= every
     assert {names.why_not(path) for path in every} == {
-        None, "text-encoder layer", "convolution", "layer outside attention and feed-forward"
+        None, "convolution", "layer outside attention and feed-forward"
     }  # fmt: skip
 
 
@@ -304,6 +310,55 @@ def test_diffusers_reads_our_export_of_mixed_ranks(
     bank = make_bank(base)
     expected = latents_of(kind, root, base, load_into=lambda pipe: pipe.load_lora_weights(tmp_path))
     close(ours(base, bank, mixed, monkeypatch), expected, latents_of(kind, root, base))
+
+
+@pytest.mark.parametrize(("which", "root", "kind"), KINDS)
+@pytest.mark.parametrize("foreign", [True, False], ids=["kohya", "export"])
+def test_layers_of_text_encoders_act_as_in_diffusers(
+    which, root, kind, foreign, request, tmp_path, make_bank, monkeypatch
+):
+    base, root = request.getfixturevalue(which), request.getfixturevalue(root)
+    adapter = random_adapter(base, 8, targets="attention+ff+text")
+    text = {path for path in adapter.layers if path.startswith("text_encoder")}
+    assert len(text) == 2 * 6 * len(base.text_encoders)
+    (tmp_path / LORA_FILE).write_bytes(
+        save(kohya(adapter, ldm=which == "base_sdxl", alpha=4))
+        if foreign
+        else export_diffusers(adapter)[LORA_FILE]
+    )
+    made = read({LORA_FILE: (tmp_path / LORA_FILE).read_bytes()}, base).weights
+    assert equal(made, adapter)
+    bank = make_bank(base, targets="attention+ff+text")
+    expected = latents_of(
+        kind, root, base, load_into=lambda pipe: pipe.load_lora_weights(tmp_path, weight_name=LORA_FILE)
+    )
+    drawn = ours(base, bank, made, monkeypatch)
+    without = {path: factors for path, factors in made.layers.items() if path not in text}
+    untouched = ours(base, bank, AdapterWeights(base.digest, 4, without), monkeypatch)
+    close(drawn, expected, untouched)
+    assert torch.equal(
+        latents_of(kind, root, base), ours(base, bank, AdapterWeights(base.digest, 4, {}), monkeypatch)
+    )
+
+
+def test_a_bank_without_text_layers_says_what_it_would_take(base, make_bank):
+    adapter = random_adapter(base, 1, targets="attention+ff+text")
+    with pytest.raises(MooringError, match=r"text_encoder.*MOORING_TARGETS=attention\+ff\+text") as caught:
+        make_bank(base, targets="attention+ff").require_fits(adapter)
+    assert caught.value.reason is Reason.ADAPTER_KEYS_UNMATCHED
+
+
+def test_settings_of_each_text_encoder_are_its_own(base_sdxl):
+    path = "text_encoder_2.encoder.layers.0.self_attn.q_proj"
+    unet = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    adapter = random_adapter(base_sdxl, 1, targets="attention+ff+text")
+    adapter = AdapterWeights(base_sdxl.digest, 4, {name: adapter.layers[name] for name in (path, unet)})
+    settings = {"unet.r": 4, "unet.lora_alpha": 2, "text_encoder_2.r": 4, "text_encoder_2.lora_alpha": 8}
+    settings |= {"text_encoder_2.alpha_pattern": {"text_model.encoder.layers.0.self_attn.q_proj": 12}}
+    data = save(diffusers(adapter), metadata={DIFFUSERS_METADATA: json.dumps(settings)})
+    made = read({"a.safetensors": data}, base_sdxl).weights
+    for name, scale in ((path, 3.0), (unet, 0.5)):
+        assert torch.equal(made.layers[name].B, adapter.layers[name].B * scale)
 
 
 @pytest.mark.parametrize("stabilised", [False, True])
@@ -424,8 +479,8 @@ TE = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
         ({f"{CONV}.lora_down.weight": torch.ones(4, 16, 3, 3)}, UNSUPPORTED,
          r"1 convolution \(unet.down_blocks.0.resnets.0.conv1\)"),
         ({f"{PROJ}.lora_down.weight": torch.ones(4, 32, 1, 1)}, UNSUPPORTED, "convolution.*proj_in"),
-        ({f"{TE}.lora_A.weight": torch.ones(4, 24), f"{TE}.lora_B.weight": torch.ones(24, 4)}, UNSUPPORTED,
-         "1 text-encoder layer .*self_attn.q_proj"),
+        ({f"{TE}.lora_A.weight": torch.ones(4, 23), f"{TE}.lora_B.weight": torch.ones(24, 4)}, UNMATCHED,
+         r"1 tensors do not fit.*expected \[rank, 24\]"),
         ({"unet.time_embedding.linear_1.lora_A.weight": torch.ones(4, 16)}, UNSUPPORTED,
          "1 layer outside attention"),
     ],

@@ -60,10 +60,29 @@ class KnownBase:
 
 
 class KnownBank:
-    """Slot k pushes by k·scale."""
+    """Slot k pushes by k·scale; with text layers, it also moves the encoding of every prompt by as much."""
 
-    def __init__(self, base):
+    def __init__(self, base, *, text=False):
         self.base = base
+        self.has_text_layers = text
+
+    @contextmanager
+    def mixed(self, mixes, *, counted):
+        assert not counted
+        plain = self.base.encode_prompt
+        ((slot, scale),) = mixes[0]
+        assert len(set(map(tuple, mixes))) == 1
+
+        def moved(prompts, embeddings=None):
+            assert len(prompts) == len(mixes)
+            return PromptEmbeds(plain(prompts, embeddings).hidden + slot * scale)
+
+        if self.has_text_layers:
+            self.base.encode_prompt = moved
+        try:
+            yield
+        finally:
+            self.base.encode_prompt = plain
 
     @contextmanager
     def rows(self, slots, scales):
@@ -107,6 +126,16 @@ def test_energy_and_drift_equal_their_formulas():
     assert result.low < result.drift < result.high
     assert result.figure.generic == pytest.approx(float(1 / level[generic].square().mean()), rel=1e-5)
     assert result.figure.class_ == pytest.approx(float(1 / level[~generic].square().mean()), rel=1e-5)
+
+
+def test_layers_of_the_text_encoder_count_as_drift():
+    base = KnownBase()
+    options = {"generic_prompts": GENERIC, "class_prompts": CLASS, "points": 24, "sample_steps": 3}
+    probe = finish(DriftProbe.build(base, KnownBank(base, text=True), **options))[0]
+    without = finish(build().measure(2, scale=0.5))[0]
+    result = finish(probe.measure(2, scale=0.5))[0]
+    assert result.drift == pytest.approx(4 * without.drift, rel=1e-5)  # moved twice as far
+    assert finish(probe.measure(0))[0].drift == 0.0
 
 
 def test_class_prompts_count_the_same_however_many_there_are():

@@ -36,6 +36,9 @@ MAX_ADAPTER_BYTES = 512 * 2**20
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_LAYER = "text_encoder"
 """What the paths of text encoders' layers begin with: `text_encoder.…`, `text_encoder_2.…`."""
+ALL_TARGETS = "attention+ff+text"
+"""`adaptable_layers` of everything that an adapter file may hold."""
+_TEXT_ENDINGS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 _UNET_LAYER = "unet."
 _MAX_HEADER_BYTES = 8 * 2**20
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
@@ -138,30 +141,40 @@ class _Header:
 def layer_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
     """Every layer of the base that an adapter may change → (out, in)."""
     return {
-        name: (module.out_features, module.in_features) for name, module in adaptable_layers(base).items()
+        name: (module.out_features, module.in_features)
+        for name, module in adaptable_layers(base, ALL_TARGETS).items()
     }
 
 
 def adaptable_layers(base: BaseModel, targets: str = "attention+ff") -> dict[str, torch.nn.Linear]:
-    """The linear layers of the UNet's transformer blocks, by the path used in adapter files.
+    """The linear layers of the transformer blocks, by the path used in adapter files.
 
     Args:
         base: the base model.
-        targets: "attention" (to_q, to_k, to_v, to_out) or "attention+ff" (also the feed-forward layers).
+        targets: "attention" (to_q, to_k, to_v, to_out of the UNet), "attention+ff" (also its feed-forward
+            layers) or "attention+ff+text" (also attention and feed-forward of the text encoders).
 
     Raises:
         ValueError: for another `targets`.
     """
     endings: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    if targets == "attention+ff":
+    if targets in {"attention+ff", ALL_TARGETS}:
         endings = (*endings, "ff.net.0.proj", "ff.net.2")
     elif targets != "attention":
-        raise ValueError(f"targets are “attention” or “attention+ff”, not {targets!r}")
-    return {
+        raise ValueError(f"targets are “attention”, “attention+ff” or “{ALL_TARGETS}”, not {targets!r}")
+    found = {
         f"unet.{name}": module
         for name, module in base.unet.named_modules()
         if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and name.endswith(endings)
     }
+    for index, encoder in enumerate(base.text_encoders if targets == ALL_TARGETS else ()):
+        prefix = f"{TEXT_LAYER}_{index + 1}" if index else TEXT_LAYER
+        found |= {
+            f"{prefix}.{name.removeprefix('text_model.')}": module
+            for name, module in encoder.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith(_TEXT_ENDINGS)
+        }
+    return found
 
 
 def to_safetensors(weights: AdapterWeights) -> bytes:
@@ -251,8 +264,11 @@ def export_diffusers(weights: AdapterWeights) -> dict[str, bytes]:
 
     tensors = {}
     for layer, factors in weights.layers.items():
-        tensors[f"{layer}.lora_A.weight"] = factors.A.detach().float().cpu().contiguous()
-        tensors[f"{layer}.lora_B.weight"] = factors.B.detach().float().cpu().contiguous()
+        component, _, module = layer.partition(".")
+        # text encoders' modules by their older name: diffusers takes it with every version of transformers
+        name = layer if f"{component}." == _UNET_LAYER else f"{component}.text_model.{module}"
+        tensors[f"{name}.lora_A.weight"] = factors.A.detach().float().cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = factors.B.detach().float().cpu().contiguous()
     files = {LORA_FILE: bytes(save(tensors, metadata={"format": "pt"}))}
     lines = [f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")']
     for index, name in enumerate(sorted(weights.embeddings.tokens) if weights.embeddings else ()):

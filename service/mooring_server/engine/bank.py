@@ -7,7 +7,8 @@ what it computes without a bank. Slot 0 is zero for ever.
 
 The arena is the device tier of `tiers`: what comes from there is packed and checked already (`PackedAdapter`)
 and costs the engine thread one copy. Layers of equal shape could share one product; they do not, as they read
-different activations. Left out: text-encoder layers (same mechanism).
+different activations. Layers of text encoders are layers like the others: they act while a prompt is encoded
+inside `mixed`. Left out: convolutions.
 
 Shape legend: S slots, B batch rows, r rank.
 """
@@ -19,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, TypeGuard
 
 import torch
@@ -28,6 +30,8 @@ from mooring_kernels.multi_lora import multi_lora_
 from torch import Tensor, nn
 
 from mooring_server.engine.adapters import (
+    ALL_TARGETS,
+    TEXT_LAYER,
     AdapterWeights,
     LayerFactors,
     LearnedEmbeddings,
@@ -89,7 +93,7 @@ class AdapterBank:
         base: the base model; its layers get hooks, its weights are never written.
         slots: rows of the arena, the zero slot included.
         rank: largest rank a slot holds; smaller adapters are padded with zeros, which changes no result.
-        targets: "attention" or "attention+ff"; adapters may cover any subset.
+        targets: see `adaptable_layers`; adapters may cover any subset.
         observer: receives the numbers of the tier "device".
 
     Attributes:
@@ -243,10 +247,13 @@ class AdapterBank:
             raise rank_too_large(weights.rank, self.rank)
         for name, factors in weights.layers.items():
             if name not in self.factors:
+                needed = ALL_TARGETS if weights.has_text_layers else "attention+ff"
                 raise MooringError(
                     Reason.ADAPTER_KEYS_UNMATCHED,
                     f"This server adapts the layers “{self.targets}” and {name} is not among them.",
-                    remedy="Start the server with targets “attention+ff”, or train on the attention layers.",
+                    remedy=(
+                        f"Start the server with MOORING_TARGETS={needed}, or make the adapter without them."
+                    ),
                 )
             A, B = self.factors[name]
             rank = factors.A.shape[0]
@@ -292,6 +299,11 @@ class AdapterBank:
         )
         packed.__dict__.update(digest=weights.digest, text_digest=weights.text_digest)
         return packed
+
+    @cached_property
+    def has_text_layers(self) -> bool:
+        """Whether its adapters may change how prompts are encoded, learned tokens aside."""
+        return any(name.startswith(TEXT_LAYER) for name in self.factors)
 
     @property
     def page_locked(self) -> bool:

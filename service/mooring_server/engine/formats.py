@@ -57,6 +57,7 @@ from mooring_server.errors import MooringError, Reason
 
 MAX_FILES = 8
 CONFIG_FILE = "adapter_config.json"
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _MAX_CONFIG_BYTES = 2**20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ALPHA_DTYPES = FACTOR_DTYPES | {"F64", "I64", "I32"}
@@ -278,20 +279,20 @@ def _recognise(keys: Iterable[str]) -> SourceFormat:
     )
 
 
-def _settings(found: SourceFormat, files: _Files, metadata: Mapping[str, str]) -> LoraSettings:
-    """What the tensors do not say, from where the format keeps it."""
+def _settings(found: SourceFormat, files: _Files, metadata: Mapping[str, str]) -> dict[str, LoraSettings]:
+    """What the tensors do not say, by component of the base, from where the format keeps it."""
     if found is SourceFormat.PEFT:
         if files.config is None:
             raise unmatched(
                 f"{files.factors!r} is a PEFT adapter without its {CONFIG_FILE}, which holds its alpha.",
                 remedy=f"Send {CONFIG_FILE} with it.",
             )
-        return from_peft(files.config)
+        return dict.fromkeys(_COMPONENTS, from_peft(files.config))
     if files.config is not None:
         raise _unsupported(
             f"{CONFIG_FILE} came with a {found} file, which has no use for it.", remedy="Leave it out."
         )
-    return from_diffusers(metadata)
+    return {component: from_diffusers(metadata, component) for component in _COMPONENTS}
 
 
 # ---------------------------------------------------------------------------------------------- factors
@@ -300,7 +301,7 @@ def _settings(found: SourceFormat, files: _Files, metadata: Mapping[str, str]) -
 def _factors(
     data: bytes,
     entries: Entries,
-    settings: LoraSettings,
+    settings: Mapping[str, LoraSettings],
     base: BaseModel,
     max_bytes: int,
     max_rank: int | None,
@@ -327,7 +328,8 @@ def _factors(
         if path not in layers:
             continue
         layer = layers[path]
-        scale = settings.scale(path.removeprefix("unet."), layer.rank, alphas.get(path))
+        component, _, module = path.partition(".")
+        scale = settings[component].scale(module, layer.rank, alphas.get(path))
         A, B = floats[layer.keys["A"]], floats[layer.keys["B"]]
         made[path] = LayerFactors(A, B if scale == 1.0 else B * scale)
     require_finite({path: factors.B for path, factors in made.items()})
@@ -374,8 +376,8 @@ def _match(entries: Entries, names: LayerNames) -> dict[str, _Layer]:
         raise _unsupported(
             f"This server cannot adapt {told}.",
             keys=[path for found in paths.values() for path in found],
-            remedy="Nothing was stored: without these layers it would be another adapter. Train it on the "
-            "attention and feed-forward layers of the UNet alone.",
+            remedy="Nothing was stored: without these layers it would be another adapter. Train it on "
+            "attention and feed-forward layers alone.",
         )
     return layers
 
@@ -390,7 +392,7 @@ def _check(
     entries: Entries,
     layers: Mapping[str, _Layer],
     names: LayerNames,
-    settings: LoraSettings,
+    settings: Mapping[str, LoraSettings],
 ) -> None:
     """Dtypes, shapes, pairs and ranks, by the header alone; notes each layer's rank."""
     wrong, unpaired = [], []
@@ -422,10 +424,12 @@ def _check(
         )
     if unpaired:
         raise unfit(f"Factors A and B are missing or differ in rank for {listed(unpaired)}.", keys=unpaired)
-    settings.check(
-        {path.removeprefix("unet."): layer.rank for path, layer in layers.items()},
-        with_alpha=[path for path, layer in layers.items() if "alpha" in layer.keys],
-    )
+    for component, known in settings.items():
+        mine = {path: layer for path, layer in layers.items() if path.startswith(f"{component}.")}
+        known.check(
+            {path.partition(".")[2]: layer.rank for path, layer in mine.items()},
+            with_alpha=[path for path, layer in mine.items() if "alpha" in layer.keys],
+        )
 
 
 def _made_for(entries: Entries, layers: Mapping[str, _Layer], names: LayerNames) -> str:

@@ -63,8 +63,6 @@ class LayerNames:
         """What keeps a layer of the base from being adapted, in two words; None for an adaptable one."""
         if path in self.shapes:
             return None
-        if path.startswith("text_encoder"):
-            return "text-encoder layer"
         return (
             "convolution" if self.kinds[path] == "convolution" else "layer outside attention and feed-forward"
         )

@@ -19,7 +19,8 @@ from mooring_server.engine.adapters import clipped, listed, unmatched
 from mooring_server.errors import MooringError, Reason
 
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-_UNET_PREFIX = "unet."
+_TEXT_MODEL = "text_model."
+"""Before the modules of a text encoder in some versions of transformers, and left out in ours."""
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_.]+")
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 _REMEDY = "Save it again as plain LoRA; PEFT's save_pretrained can convert."
@@ -114,8 +115,12 @@ def from_peft(config: Mapping[str, Any]) -> LoraSettings:
     )
 
 
-def from_diffusers(metadata: Mapping[str, str]) -> LoraSettings:
+def from_diffusers(metadata: Mapping[str, str], component: str) -> LoraSettings:
     """The settings in the metadata of a file that diffusers wrote; without any, alpha = rank.
+
+    Args:
+        metadata: of the file.
+        component: whose settings: "unet", "text_encoder" or "text_encoder_2".
 
     Raises:
         MooringError: as `from_peft`.
@@ -124,11 +129,8 @@ def from_diffusers(metadata: Mapping[str, str]) -> LoraSettings:
         return LoraSettings()
     try:
         document = json.loads(metadata[DIFFUSERS_METADATA])
-        found = {
-            key.removeprefix(_UNET_PREFIX): value
-            for key, value in document.items()
-            if key.startswith(_UNET_PREFIX)
-        }
+        prefix = f"{component}."
+        found = {key.removeprefix(prefix): value for key, value in document.items() if key.startswith(prefix)}
     except (ValueError, AttributeError, RecursionError) as error:
         raise unmatched(
             f"The file's {DIFFUSERS_METADATA} is damaged: {clipped(repr(error))}.", remedy=_REMEDY
@@ -139,8 +141,9 @@ def from_diffusers(metadata: Mapping[str, str]) -> LoraSettings:
 def _pick(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The first pattern's value that names the module: its path, or the end of it unless it starts with ^."""
     for pattern, value in patterns.items():
-        whole = pattern.removeprefix("^")
-        if module == whole or (whole == pattern and module.endswith("." + pattern)):
+        whole = pattern.removeprefix("^").removeprefix(_TEXT_MODEL)
+        anchored = pattern.startswith("^")
+        if module == whole or (not anchored and module.endswith("." + whole)):
             return value
     return default
 

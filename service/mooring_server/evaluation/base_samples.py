@@ -121,7 +121,10 @@ class Predictor:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], embeddings: LearnedEmbeddings | None = None) -> PromptEmbeds:
-        """One row a prompt."""
+        """One row a prompt, by the adapter's text-encoder layers where it has any."""
+        if isinstance(self.slot, int):
+            with self.bank.mixed([[(self.slot, self.scale)]] * len(prompts), counted=False):
+                return self.base.encode_prompt(prompts, embeddings)
         return self.base.encode_prompt(prompts, embeddings)
 
     @torch.no_grad()

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from mooring_kernels.certificate import logit_gain, spectral_norm, spectrum
 from torch import nn
 
-from mooring_server.engine.adapters import AdapterWeights, adaptable_layers
+from mooring_server.engine.adapters import ALL_TARGETS, AdapterWeights, adaptable_layers
 from mooring_server.engine.base import BaseModel
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.probe import DriftFigure, DriftResult
@@ -160,7 +160,7 @@ def build(
             remedy="Certify it on the base it was trained on.",
             metadata={"expected": base.digest, "found": weights.base_digest},
         )
-    modules: Mapping[str, nn.Linear] = adaptable_layers(base)
+    modules: Mapping[str, nn.Linear] = adaptable_layers(base, ALL_TARGETS)
     unmatched = [name for name in weights.layers if name not in modules]
     if unmatched:
         raise MooringError(
@@ -217,5 +217,5 @@ def _base_sigma(base: BaseModel, layer: str) -> float:
     """‖W₀‖₂, computed once per base and layer: frozen weights never change."""
     known = _base_sigmas.setdefault(base, {})
     if layer not in known:
-        known[layer] = spectral_norm(adaptable_layers(base)[layer].weight)
+        known[layer] = spectral_norm(adaptable_layers(base, ALL_TARGETS)[layer].weight)
     return known[layer]

@@ -344,7 +344,8 @@ class DriftProbe:
         adapted = Predictor(self.base, self.bank, slot, scale)
         tokens = tuple(embeddings.tokens) if embeddings is not None else ()
         embeds = self.embeds
-        if any(token.lower() in prompt.lower() for token in tokens for prompt in self.prompts):
+        in_text = isinstance(slot, int) and bool(slot) and self.bank.has_text_layers
+        if in_text or any(token.lower() in prompt.lower() for token in tokens for prompt in self.prompts):
             embeds = adapted.encode(self.prompts, embeddings)
         differences = []
         for first in range(0, len(chosen), rows_per_tick):
