@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mooring_server.engine.adapters import AdapterWeights, LayerFactors, adaptable_layers
+from mooring_server.engine.adapters import AdapterWeights, LayerFactors, adaptable_layers, matrix_shape
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.engine import Engine
 from mooring_server.engine.model import BaseModel
@@ -74,13 +74,13 @@ def gpu_note(module: str) -> str:
 def random_adapter(base: BaseModel, seed: int, rank: int, *, size: float = 0.3) -> AdapterWeights:
     """Random factors on the attention layers with ‖ΔW·x‖ around `size`·‖x‖: visible, and far from noise."""
     generator = torch.Generator().manual_seed(seed)
-    layers = {
-        name: LayerFactors(
-            torch.randn(rank, layer.in_features, generator=generator) / layer.in_features**0.5,
-            torch.randn(layer.out_features, rank, generator=generator) * size / layer.out_features**0.5,
+    layers = {}
+    for name, layer in adaptable_layers(base, "attention").items():
+        out, in_ = matrix_shape(layer)
+        layers[name] = LayerFactors(
+            torch.randn(rank, in_, generator=generator) / in_**0.5,
+            torch.randn(out, rank, generator=generator) * size / out**0.5,
         )
-        for name, layer in adaptable_layers(base, "attention").items()
-    }
     return AdapterWeights(base.digest, rank, layers)
 
 

@@ -179,9 +179,9 @@ class Settings(BaseSettings):
         default=9, ge=2, le=4096, description="Device slots of the adapter bank, with the zero slot."
     )
     rank: int = Field(default=16, ge=1, le=128, description="Largest adapter rank.")
-    targets: Literal["attention", "attention+ff", "attention+ff+text"] = Field(
+    targets: Literal["attention", "attention+ff", "attention+ff+text", "all"] = Field(
         default="attention+ff",
-        description="Layers that adapters may change; text: those of text encoders, for imported adapters.",
+        description="Layers that adapters may change; text encoders and all, convolutions too, for imports.",
     )
     training_share: float = Field(
         default=0.2, ge=0.0, lt=1.0, description="Share of device time that training keeps while others wait."

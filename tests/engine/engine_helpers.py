@@ -6,7 +6,13 @@ from collections.abc import Generator
 from typing import Any
 
 import torch
-from mooring_server.engine.adapters import AdapterWeights, LayerFactors, LearnedEmbeddings, adaptable_layers
+from mooring_server.engine.adapters import (
+    AdapterWeights,
+    LayerFactors,
+    LearnedEmbeddings,
+    adaptable_layers,
+    matrix_shape,
+)
 from mooring_server.engine.base import BaseModel
 
 
@@ -33,8 +39,8 @@ def random_adapter(
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: LayerFactors(
-            torch.randn(rank, layer.in_features, generator=generator) * size,
-            torch.randn(layer.out_features, rank, generator=generator) * size,
+            torch.randn(rank, matrix_shape(layer)[1], generator=generator) * size,
+            torch.randn(matrix_shape(layer)[0], rank, generator=generator) * size,
         )
         for name, layer in adaptable_layers(base, targets).items()
     }

@@ -36,8 +36,10 @@ MAX_ADAPTER_BYTES = 512 * 2**20
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_LAYER = "text_encoder"
 """What the paths of text encoders' layers begin with: `text_encoder.…`, `text_encoder_2.…`."""
-ALL_TARGETS = "attention+ff+text"
-"""`adaptable_layers` of everything that an adapter file may hold."""
+TARGETS = ("attention", "attention+ff", "attention+ff+text", "all")
+"""Each one covers the layers of those before it."""
+ALL_TARGETS = TARGETS[-1]
+Adaptable = torch.nn.Linear | torch.nn.Conv2d
 _TEXT_ENDINGS = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
 _UNET_LAYER = "unet."
 _MAX_HEADER_BYTES = 8 * 2**20
@@ -57,7 +59,7 @@ class LayerFactors:
     """ΔW = B·A of one layer, float32; LoRA's scale is folded into B.
 
     Args:
-        A: `[r, in]`.
+        A: `[r, in]`; of a convolution the kernels to r channels, flattened.
         B: `[out, r]`.
     """
 
@@ -139,41 +141,53 @@ class _Header:
 
 
 def layer_shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
-    """Every layer of the base that an adapter may change → (out, in)."""
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in adaptable_layers(base, ALL_TARGETS).items()
-    }
+    """Every layer of the base that an adapter may change → (out, in), see `matrix_shape`."""
+    return {name: matrix_shape(module) for name, module in adaptable_layers(base, ALL_TARGETS).items()}
 
 
-def adaptable_layers(base: BaseModel, targets: str = "attention+ff") -> dict[str, torch.nn.Linear]:
-    """The linear layers of the transformer blocks, by the path used in adapter files.
+def matrix_shape(module: Adaptable) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix; a convolution's in is channels × kernel height × width."""
+    return module.weight.shape[0], module.weight[0].numel()
+
+
+def adaptable_layers(base: BaseModel, targets: str = "attention+ff") -> dict[str, Adaptable]:
+    """The layers that adapters may change, by the path used in adapter files.
 
     Args:
         base: the base model.
-        targets: "attention" (to_q, to_k, to_v, to_out of the UNet), "attention+ff" (also its feed-forward
-            layers) or "attention+ff+text" (also attention and feed-forward of the text encoders).
+        targets: one of `TARGETS`: "attention" (to_q, to_k, to_v, to_out of the UNet's transformer blocks),
+            "attention+ff" (also their feed-forward layers), "attention+ff+text" (also attention and
+            feed-forward of the text encoders), "all" (also every other linear layer and convolution of the
+            UNet).
 
     Raises:
         ValueError: for another `targets`.
     """
+    if targets not in TARGETS:
+        raise ValueError(f"targets are one of {', '.join(TARGETS)}, not {targets!r}")
     endings: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    if targets in {"attention+ff", ALL_TARGETS}:
+    if targets != "attention":
         endings = (*endings, "ff.net.0.proj", "ff.net.2")
-    elif targets != "attention":
-        raise ValueError(f"targets are “attention”, “attention+ff” or “{ALL_TARGETS}”, not {targets!r}")
-    found = {
+    found: dict[str, Adaptable] = {
         f"unet.{name}": module
         for name, module in base.unet.named_modules()
         if isinstance(module, torch.nn.Linear) and "transformer_blocks" in name and name.endswith(endings)
     }
-    for index, encoder in enumerate(base.text_encoders if targets == ALL_TARGETS else ()):
+    for index, encoder in enumerate(base.text_encoders if targets in TARGETS[2:] else ()):
         prefix = f"{TEXT_LAYER}_{index + 1}" if index else TEXT_LAYER
         found |= {
             f"{prefix}.{name.removeprefix('text_model.')}": module
             for name, module in encoder.named_modules()
             if isinstance(module, torch.nn.Linear) and name.endswith(_TEXT_ENDINGS)
         }
+    if targets == ALL_TARGETS:
+        others = {
+            f"{_UNET_LAYER}{name}": module
+            for name, module in base.unet.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            or (isinstance(module, torch.nn.Conv2d) and module.groups == 1)
+        }
+        found |= {name: module for name, module in others.items() if name not in found}
     return found
 
 
@@ -247,13 +261,14 @@ def from_safetensors(
     )
 
 
-def export_diffusers(weights: AdapterWeights) -> dict[str, bytes]:
+def export_diffusers(weights: AdapterWeights, base: BaseModel | None = None) -> dict[str, bytes]:
     """Files that `load_lora_weights` and `load_textual_inversion` take.
 
     The scale is folded into B, so no alpha is written: diffusers then takes alpha = rank, a scale of 1.
 
     Args:
         weights: the adapter.
+        base: gives the kernels of convolutions their shape; needed for an adapter that changes some.
 
     Returns:
         File name → content: `pytorch_lora_weights.safetensors`; per placeholder and text encoder a
@@ -262,13 +277,16 @@ def export_diffusers(weights: AdapterWeights) -> dict[str, bytes]:
     """
     from safetensors.torch import save
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    known = {} if base is None else adaptable_layers(base, ALL_TARGETS)
     for layer, factors in weights.layers.items():
-        component, _, module = layer.partition(".")
+        component, _, path = layer.partition(".")
         # text encoders' modules by their older name: diffusers takes it with every version of transformers
-        name = layer if f"{component}." == _UNET_LAYER else f"{component}.text_model.{module}"
-        tensors[f"{name}.lora_A.weight"] = factors.A.detach().float().cpu().contiguous()
-        tensors[f"{name}.lora_B.weight"] = factors.B.detach().float().cpu().contiguous()
+        name = layer if f"{component}." == _UNET_LAYER else f"{component}.text_model.{path}"
+        A, B = (factor.detach().float().cpu().contiguous() for factor in (factors.A, factors.B))
+        if isinstance(module := known.get(layer), torch.nn.Conv2d):
+            A, B = A.reshape(-1, *module.weight.shape[1:]), B[:, :, None, None]
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = A, B.contiguous()
     files = {LORA_FILE: bytes(save(tensors, metadata={"format": "pt"}))}
     lines = [f'pipe.load_lora_weights(folder, weight_name="{LORA_FILE}")']
     for index, name in enumerate(sorted(weights.embeddings.tokens) if weights.embeddings else ()):

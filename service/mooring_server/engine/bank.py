@@ -8,7 +8,8 @@ what it computes without a bank. Slot 0 is zero for ever.
 The arena is the device tier of `tiers`: what comes from there is packed and checked already (`PackedAdapter`)
 and costs the engine thread one copy. Layers of equal shape could share one product; they do not, as they read
 different activations. Layers of text encoders are layers like the others: they act while a prompt is encoded
-inside `mixed`. Left out: convolutions.
+inside `mixed`. Convolutions are products with what the kernel sees, computed only where an adapter in the
+batch changes convolutions.
 
 Shape legend: S slots, B batch rows, r rank.
 """
@@ -30,12 +31,13 @@ from mooring_kernels.multi_lora import multi_lora_
 from torch import Tensor, nn
 
 from mooring_server.engine.adapters import (
-    ALL_TARGETS,
+    TARGETS,
     TEXT_LAYER,
     AdapterWeights,
     LayerFactors,
     LearnedEmbeddings,
     adaptable_layers,
+    matrix_shape,
     rank_too_large,
     require_finite,
 )
@@ -120,7 +122,7 @@ class AdapterBank:
         self.targets = targets
         modules = adaptable_layers(base, targets)
         self.layout = ArenaLayout(
-            [LayerShape(name, module.out_features, module.in_features) for name, module in modules.items()],
+            [LayerShape(name, *matrix_shape(module)) for name, module in modules.items()],
             rank,
         )
         self.arena = torch.zeros(slots, self.layout.size, device=base.device)
@@ -134,6 +136,8 @@ class AdapterBank:
         self._pins = [0] * slots
         # unpinned slots: empty ones first, then those unused for longest
         self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, slots))
+        self._convolutions = {n: module for n, module in modules.items() if isinstance(module, nn.Conv2d)}
+        self._convolved: set[int] = set()  # slots with an adapter of convolutions
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in modules.items()]
 
     def close(self) -> None:
@@ -211,6 +215,10 @@ class AdapterBank:
         if before is not None:
             self._forget(before)
         self.arena[slot].copy_(packed.row, non_blocking=True)
+        if not self._convolutions.keys().isdisjoint(packed.layers):
+            self._convolved.add(slot)
+        else:
+            self._convolved.discard(slot)
         self._resident[packed.digest] = slot
         self._held[slot] = packed.digest
         if slot in self._idle:
@@ -226,6 +234,7 @@ class AdapterBank:
         self._require_writable(slot)
         self._forget(slot)
         self.arena[slot].zero_()
+        self._convolved.discard(slot)
         self._tell_bytes()
 
     def require_fits(self, weights: AdapterWeights) -> None:
@@ -247,7 +256,10 @@ class AdapterBank:
             raise rank_too_large(weights.rank, self.rank)
         for name, factors in weights.layers.items():
             if name not in self.factors:
-                needed = ALL_TARGETS if weights.has_text_layers else "attention+ff"
+                needed = next(
+                    (t for t in TARGETS if weights.layers.keys() <= adaptable_layers(self.base, t).keys()),
+                    TARGETS[-1],
+                )
                 raise MooringError(
                     Reason.ADAPTER_KEYS_UNMATCHED,
                     f"This server adapts the layers “{self.targets}” and {name} is not among them.",
@@ -340,9 +352,13 @@ class AdapterBank:
             with self._activate(None):
                 yield
             return
-        with self._activate(
-            _Rows(self.factors, [_Column.of(column, self.arena.device) for column in columns])
-        ):
+        acting = {
+            name: module
+            for name, module in self._convolutions.items()
+            if any(slot in self._convolved for column in columns for slot, _ in column)
+        }
+        found = [_Column.of(column, self.arena.device) for column in columns]
+        with self._activate(_Rows(self.factors, found, acting)):
             yield
 
     def fixed_rows(self, count: int) -> FixedRows:
@@ -493,19 +509,47 @@ class _Rows:
     Args:
         factors: layer → views (A `[S, r, in]`, B `[S, out, r]`) of the arena.
         columns: added one after the other; more than one only where some row has several adapters.
+        convolutions: those that some row changes.
     """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     columns: Sequence[_Column]
+    convolutions: Mapping[str, nn.Conv2d]
 
     def add(self, layer: str, x: Tensor, output: Tensor) -> Tensor:
-        """Add scale · B(Ax) to output `[B, T, out]` in place, x `[B, T, in]`."""
+        """Add scale · B(Ax) to output `[B, T, out]` or `[B, out]` in place, x `[B, T, in]` or `[B, in]`.
+
+        A convolution's x `[B, C, H, W]` is unfolded into what its kernel sees at each of T places.
+        """
+        on_cpu = x.device.type == "cpu"
+        if x.ndim == 4:
+            conv = self.convolutions.get(layer)
+            if conv is None:
+                return output
+            seen = F.unfold(x, conv.kernel_size, conv.dilation, _pair(conv.padding), conv.stride).mT
+            tokens = output.flatten(2).mT.contiguous()
+            added = self._add(layer, seen, tokens, by_row=on_cpu).mT.reshape(output.shape)
+            return output.copy_(added)  # keeps its strides, by which later layers choose their kernels
+        return self._add(layer, x, output, by_row=on_cpu and x.ndim == 2)
+
+    def _add(self, layer: str, x: Tensor, output: Tensor, *, by_row: bool) -> Tensor:
+        """`by_row`: products whose operands let the CPU's library choose by the batch's size."""
         A, B = self.factors[layer]
-        for column in self.columns:
+        for column in self.columns if by_row else ():
+            for row in range(len(x)):
+                one = slice(row, row + 1)
+                scales = None if column.scales is None else column.scales[one]
+                multi_lora_(output[one], x[one], A, B, column.slots[one], scales)
+        for column in () if by_row else self.columns:
             batch = column.slots.shape[0]
             assert x.shape[0] == batch, f"rows() was given {batch} rows, the batch has {x.shape[0]}"
             output = multi_lora_(output, x, A, B, column.slots, column.scales, base_rows=column.base_rows)
         return output
+
+
+def _pair(padding: str | int | tuple[int, ...]) -> int | tuple[int, ...]:
+    assert not isinstance(padding, str), "diffusers' UNets pad by numbers"
+    return padding
 
 
 class FixedRows:
@@ -544,7 +588,9 @@ class FixedRows:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let the enclosed `base.predict` calls read them."""
-        with self._bank._activate(_Rows(self._bank.factors, [self._column])):  # noqa: SLF001 - as above
+        bank = self._bank
+        rows = _Rows(bank.factors, [self._column], bank._convolutions)  # noqa: SLF001 - as above
+        with bank._activate(rows):  # noqa: SLF001
             yield
 
 

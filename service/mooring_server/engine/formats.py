@@ -330,7 +330,7 @@ def _factors(
         layer = layers[path]
         component, _, module = path.partition(".")
         scale = settings[component].scale(module, layer.rank, alphas.get(path))
-        A, B = floats[layer.keys["A"]], floats[layer.keys["B"]]
+        A, B = (floats[layer.keys[part]].flatten(1) for part in "AB")
         made[path] = LayerFactors(A, B if scale == 1.0 else B * scale)
     require_finite({path: factors.B for path, factors in made.items()})
     return made
@@ -404,11 +404,15 @@ def _check(
                 if dtype not in _ALPHA_DTYPES or math.prod(shape) != 1:
                     wrong.append(f"{key} ({dtype} {shape}, expected one number)")
                 continue
-            fits = (
-                len(shape) == 2 and min(shape) > 0 and (shape[1] == in_ if part == "A" else shape[0] == out)
-            )
-            if dtype not in FACTOR_DTYPES or not fits:
-                expected = f"[rank, {in_}]" if part == "A" else f"[{out}, rank]"
+            kernel = names.kernels.get(path)
+            if part == "A":
+                tail = list(kernel or [in_])
+                expected = f"[rank, {', '.join(map(str, tail))}]"
+                fits = shape[1:] == tail
+            else:
+                expected = f"[{out}, rank, 1, 1]" if kernel else f"[{out}, rank]"
+                fits = shape[:1] == [out] and shape[2:] == ([1, 1] if kernel else [])
+            if dtype not in FACTOR_DTYPES or not fits or len(shape) < 2 or min(shape) < 1:
                 wrong.append(f"{key} ({dtype} {shape}, expected {expected} of F32, F16 or BF16)")
         if "A" not in layer.keys or "B" not in layer.keys:
             unpaired.append(path)
@@ -424,9 +428,9 @@ def _check(
         )
     if unpaired:
         raise unfit(f"Factors A and B are missing or differ in rank for {listed(unpaired)}.", keys=unpaired)
-    for component, known in settings.items():
+    for component, chosen in settings.items():
         mine = {path: layer for path, layer in layers.items() if path.startswith(f"{component}.")}
-        known.check(
+        chosen.check(
             {path.partition(".")[2]: layer.rank for path, layer in mine.items()},
             with_alpha=[path for path, layer in mine.items() if "alpha" in layer.keys],
         )

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from mooring_server.engine.adapters import layer_shapes
+from mooring_server.engine.adapters import ALL_TARGETS, adaptable_layers, layer_shapes
 from mooring_server.engine.model import BaseModel
 
 _ATTENTION_PROCESSOR = ("to_q", "to_k", "to_v", "to_out")
@@ -47,11 +47,13 @@ class LayerNames:
 
     Args:
         shapes: adaptable layer → (out, in).
+        kernels: convolution among them → (channels, height, width) of its kernels.
         known: foreign name → the layer's path in adapter files (`unet.….to_q`).
         kinds: path of every linear and convolution layer → "linear" or "convolution".
     """
 
     shapes: dict[str, tuple[int, int]]
+    kernels: dict[str, tuple[int, ...]]
     known: dict[str, str] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
 
@@ -74,7 +76,12 @@ def layer_names(base: BaseModel) -> LayerNames:
     Raises:
         AssertionError: two layers share a name, so that files could not be read unambiguously.
     """
-    names = LayerNames(layer_shapes(base))
+    kernels = {
+        path: tuple(module.weight.shape[1:])
+        for path, module in adaptable_layers(base, ALL_TARGETS).items()
+        if isinstance(module, nn.Conv2d)
+    }
+    names = LayerNames(layer_shapes(base), kernels)
     for module, kind in _layers(base.unet):
         path = f"unet.{module}"
         names.kinds[path] = kind

@@ -21,9 +21,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mooring_kernels.certificate import logit_gain, spectral_norm, spectrum
-from torch import nn
 
-from mooring_server.engine.adapters import ALL_TARGETS, AdapterWeights, adaptable_layers
+from mooring_server.engine.adapters import (
+    ALL_TARGETS,
+    Adaptable,
+    AdapterWeights,
+    adaptable_layers,
+    matrix_shape,
+)
 from mooring_server.engine.base import BaseModel
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.probe import DriftFigure, DriftResult
@@ -160,7 +165,7 @@ def build(
             remedy="Certify it on the base it was trained on.",
             metadata={"expected": base.digest, "found": weights.base_digest},
         )
-    modules: Mapping[str, nn.Linear] = adaptable_layers(base, ALL_TARGETS)
+    modules = adaptable_layers(base, ALL_TARGETS)
     unmatched = [name for name in weights.layers if name not in modules]
     if unmatched:
         raise MooringError(
@@ -190,7 +195,7 @@ def build(
 
 
 def _attentions(
-    base: BaseModel, modules: Mapping[str, nn.Linear], layers: list[LayerCertificate]
+    base: BaseModel, modules: Mapping[str, Adaptable], layers: list[LayerCertificate]
 ) -> list[AttentionCertificate]:
     """Logit bounds of the attentions whose queries or keys the adapter changes."""
     sigma = {layer.name: layer.sigma for layer in layers}
@@ -203,7 +208,7 @@ def _attentions(
         if query not in modules or key not in modules:
             continue
         heads = int(base.unet.get_submodule(parent.removeprefix("unet.")).heads)
-        head_dim = modules[query].out_features // heads
+        head_dim = matrix_shape(modules[query])[0] // heads
         dq, dk = sigma.get(query, 0.0), sigma.get(key, 0.0)
         gain = logit_gain(dq, _base_sigma(base, query), dk, _base_sigma(base, key), head_dim)
         found.append(AttentionCertificate(parent, head_dim, gain))
@@ -217,5 +222,5 @@ def _base_sigma(base: BaseModel, layer: str) -> float:
     """‖W₀‖₂, computed once per base and layer: frozen weights never change."""
     known = _base_sigmas.setdefault(base, {})
     if layer not in known:
-        known[layer] = spectral_norm(adaptable_layers(base, ALL_TARGETS)[layer].weight)
+        known[layer] = spectral_norm(adaptable_layers(base, ALL_TARGETS)[layer].weight.flatten(1))
     return known[layer]

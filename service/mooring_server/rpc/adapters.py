@@ -231,5 +231,5 @@ def _files(runtime: Runtime, where: names.Resolved, form: int) -> dict[str, byte
     record = find_adapter(runtime, where)
     weights = runtime.adapters.get(record)
     if form == pb.ADAPTER_FORMAT_DIFFUSERS:
-        return export_diffusers(weights)
+        return export_diffusers(weights, runtime.base)
     return {f"{record.adapter_id}-{record.version}.safetensors": to_safetensors(weights)}
