@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mooring_server.storage.models import Adapter, NewPhoto, Subject
+from mooring_server.storage.aliases import Judge
+from mooring_server.storage.models import Adapter, Alias, Judgement, NewPhoto, Subject, Verdict
 from mooring_server.storage.store import Store
 
 RIGHTS = {"basis": "OWNED", "statement": "own work"}
@@ -33,3 +34,16 @@ def publish(store: Store, tenant: str = "acme", adapter_id: str = "duck", **chan
         "summary": {"method": "spectral"},
     } | changes
     return store.publish_adapter(tenant, adapter_id, **values)
+
+
+def judged(verdict: Verdict = Verdict.PASSED) -> Judge:
+    """A gate that always says the same."""
+    return lambda _adapter, _evaluations, policy: Judgement(verdict, [], policy or {}, "")
+
+
+def point(store: Store, version: int | None, tenant: str = "acme", **changes: Any) -> Alias:
+    """Publish a version as live."""
+    values = {"judge": judged(), "actor": "ann"} | changes
+    published, _ = store.publish_alias(tenant, "duck", version, values.pop("alias", "live"), **values)
+    assert published is not None
+    return published
