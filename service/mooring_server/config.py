@@ -208,6 +208,12 @@ class Settings(BaseSettings):
     max_batch_in_flight: int = Field(
         default=16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
     )
+    max_batch_rows: int = Field(
+        default=10_000, ge=1, le=1_000_000, description="Rows of one batch job's file."
+    )
+    max_batch_bytes: int = Field(
+        default=16 * MIB, ge=1024, le=1024 * MIB, description="Size of one batch job's file."
+    )
     max_photo_bytes: int = Field(
         default=20 * MIB, ge=1024, le=20 * MIB, description="Size of one uploaded photo."
     )

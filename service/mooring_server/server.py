@@ -366,6 +366,8 @@ class Server:
                 prompts=prompts,
             ),
             observer=observer,
+            drawer=engine,
+            adapters=adapters,
         )
         if settings.gc_interval_seconds:
             retention = Retention(

@@ -56,6 +56,20 @@ def test_photos_in_pictures_out(
         assert first == again, "the same request gives the same picture"
         assert first != other
 
+        rows = tmp_path / "rows.jsonl"
+        lines = (
+            {"prompt": f"a photo of <rex> {noun}", "adapter": "rex", "steps": 2} for noun in ("dog", "car")
+        )
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        batch = run("batch", str(rows), "--out", str(tmp_path / "batch"), "--json")
+        assert batch["batch_result"]["image_count"] == 2
+        assert len((tmp_path / "batch" / "manifest.jsonl").read_text().splitlines()) == 2
+        assert sorted(path.name for path in (tmp_path / "batch" / "images").iterdir()) == [
+            "000001.png",
+            "000002.png",
+        ]
+        run("batch", exit_code=2)
+
         files = run("adapters", "export", "rex", "--out", str(tmp_path / "lora"), "--json")
         assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file(), files
         assert {job["state"] for job in run("jobs", "list", "--json")} == {"JOB_STATE_SUCCEEDED"}

@@ -18,6 +18,7 @@ from pathlib import Path
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import load_base
 from mooring_server.engine.engine import Engine
+from mooring_server.engine.tiers.host import AdapterTiers
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs import train_job
@@ -50,13 +51,15 @@ def running(state: Path, base_dir: Path, judges: Judges | None = None) -> Iterat
         drain_seconds=PATIENCE,
         prompts=PromptSets.of(("a photo of a {} in the snow", "a photo of a {} on the beach"), GENERIC),
     )
-    runner = JobRunner(store, objects, engine, base, bank, judges, settings)
+    adapters = AdapterTiers(objects.get, bank, host_bytes=2**26)
+    runner = JobRunner(store, objects, engine, base, bank, judges, settings, drawer=engine, adapters=adapters)
     runner.start()
     try:
         yield
     finally:
         runner.stop(PATIENCE)
         engine.close()
+        adapters.close()
         store.close()
 
 

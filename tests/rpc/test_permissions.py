@@ -33,6 +33,7 @@ EXPECTED: dict[str, set[Role]] = {
     "PersonalizationService/Evaluate": WORKERS,
     "PersonalizationService/Generate": WORKERS,
     "PersonalizationService/GenerateBatch": WORKERS,
+    "PersonalizationService/RunBatch": WORKERS,
     "SubjectService/CreateSubject": WORKERS,
     "SubjectService/GetSubject": EVERYBODY,
     "SubjectService/ListSubjects": EVERYBODY,
@@ -57,6 +58,7 @@ EXPECTED: dict[str, set[Role]] = {
     "JobService/WatchJob": EVERYBODY,
     "JobService/GetEvaluation": EVERYBODY,
     "JobService/DownloadArtifact": EVERYBODY,
+    "JobService/DownloadBatch": EVERYBODY,
 }
 
 

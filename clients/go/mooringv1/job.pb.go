@@ -35,6 +35,8 @@ const (
 	JobKind_JOB_KIND_TRAIN JobKind = 1
 	// Evaluates an adapter, or the base alone.
 	JobKind_JOB_KIND_EVALUATE JobKind = 2
+	// Draws the rows of a file.
+	JobKind_JOB_KIND_BATCH JobKind = 3
 )
 
 // Enum value maps for JobKind.
@@ -43,11 +45,13 @@ var (
 		0: "JOB_KIND_UNSPECIFIED",
 		1: "JOB_KIND_TRAIN",
 		2: "JOB_KIND_EVALUATE",
+		3: "JOB_KIND_BATCH",
 	}
 	JobKind_value = map[string]int32{
 		"JOB_KIND_UNSPECIFIED": 0,
 		"JOB_KIND_TRAIN":       1,
 		"JOB_KIND_EVALUATE":    2,
+		"JOB_KIND_BATCH":       3,
 	}
 )
 
@@ -160,6 +164,7 @@ type Job struct {
 	//
 	//	*Job_Train
 	//	*Job_Evaluate
+	//	*Job_Batch
 	Spec isJob_Spec `protobuf_oneof:"spec"`
 	// The newest progress, without previews. Absent before the first.
 	Progress *JobProgress `protobuf:"bytes,7,opt,name=progress,proto3" json:"progress,omitempty"`
@@ -174,7 +179,9 @@ type Job struct {
 	// When a worker first took it. Absent while it waits.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it reached its terminal state. Absent before.
-	EndTime       *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	EndTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// Of a succeeded batch job. Its images are files of the job too, but not listed in `artifacts`.
+	BatchResult   *BatchResult `protobuf:"bytes,15,opt,name=batch_result,json=batchResult,proto3" json:"batch_result,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -262,6 +269,15 @@ func (x *Job) GetEvaluate() *EvaluateSpec {
 	return nil
 }
 
+func (x *Job) GetBatch() *BatchSpec {
+	if x != nil {
+		if x, ok := x.Spec.(*Job_Batch); ok {
+			return x.Batch
+		}
+	}
+	return nil
+}
+
 func (x *Job) GetProgress() *JobProgress {
 	if x != nil {
 		return x.Progress
@@ -311,6 +327,13 @@ func (x *Job) GetEndTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Job) GetBatchResult() *BatchResult {
+	if x != nil {
+		return x.BatchResult
+	}
+	return nil
+}
+
 type isJob_Spec interface {
 	isJob_Spec()
 }
@@ -325,15 +348,22 @@ type Job_Evaluate struct {
 	Evaluate *EvaluateSpec `protobuf:"bytes,6,opt,name=evaluate,proto3,oneof"`
 }
 
+type Job_Batch struct {
+	// Of a batch job.
+	Batch *BatchSpec `protobuf:"bytes,14,opt,name=batch,proto3,oneof"`
+}
+
 func (*Job_Train) isJob_Spec() {}
 
 func (*Job_Evaluate) isJob_Spec() {}
+
+func (*Job_Batch) isJob_Spec() {}
 
 // How far a job is.
 type JobProgress struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What the job does now. Training: "caching", "prior", "probe", "training", "measuring". Evaluation:
-	// "generating", "scoring", "measuring", "report".
+	// "generating", "scoring", "measuring", "report". Batch: "drawing", with rows for steps.
 	Phase string `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"`
 	// Steps of the phase done, 0 to `steps`.
 	Step int32 `protobuf:"varint,2,opt,name=step,proto3" json:"step,omitempty"`
@@ -344,7 +374,9 @@ type JobProgress struct {
 	// Figures of a training job in its "training" phase.
 	Training *TrainingFigures `protobuf:"bytes,5,opt,name=training,proto3" json:"training,omitempty"`
 	// Pictures drawn with the adapter as it is now; only in WatchJob.
-	Previews      []*PreviewImage `protobuf:"bytes,6,rep,name=previews,proto3" json:"previews,omitempty"`
+	Previews []*PreviewImage `protobuf:"bytes,6,rep,name=previews,proto3" json:"previews,omitempty"`
+	// Of a batch job: rows that ended with an error so far.
+	FailedRows    int32 `protobuf:"varint,7,opt,name=failed_rows,json=failedRows,proto3" json:"failed_rows,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -419,6 +451,13 @@ func (x *JobProgress) GetPreviews() []*PreviewImage {
 		return x.Previews
 	}
 	return nil
+}
+
+func (x *JobProgress) GetFailedRows() int32 {
+	if x != nil {
+		return x.FailedRows
+	}
+	return 0
 }
 
 // The figures that a training run is steered by.
@@ -1156,7 +1195,7 @@ type DownloadArtifactRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// `tenants/{tenant}/jobs/{job}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// One of the job's `artifacts`, by its filename.
+	// One of the job's `artifacts`, or an image of a batch job, by its filename.
 	Filename      string `protobuf:"bytes,2,opt,name=filename,proto3" json:"filename,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1293,19 +1332,163 @@ func (*DownloadArtifactResponse_File) isDownloadArtifactResponse_Content() {}
 
 func (*DownloadArtifactResponse_Chunk) isDownloadArtifactResponse_Content() {}
 
+// Request of JobService.DownloadBatch.
+type DownloadBatchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A batch job, `tenants/{tenant}/jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Only rows with a larger `position`: pass that of the last row whose image arrived completely. Default (0): from
+	// the first row.
+	AfterPosition int32 `protobuf:"varint,2,opt,name=after_position,json=afterPosition,proto3" json:"after_position,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadBatchRequest) Reset() {
+	*x = DownloadBatchRequest{}
+	mi := &file_mooring_v1_job_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadBatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadBatchRequest) ProtoMessage() {}
+
+func (x *DownloadBatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_job_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadBatchRequest.ProtoReflect.Descriptor instead.
+func (*DownloadBatchRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_job_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DownloadBatchRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DownloadBatchRequest) GetAfterPosition() int32 {
+	if x != nil {
+		return x.AfterPosition
+	}
+	return 0
+}
+
+// One message of a batch's download.
+type DownloadBatchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What this message carries.
+	//
+	// Types that are valid to be assigned to Content:
+	//
+	//	*DownloadBatchResponse_Row
+	//	*DownloadBatchResponse_Chunk
+	Content       isDownloadBatchResponse_Content `protobuf_oneof:"content"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadBatchResponse) Reset() {
+	*x = DownloadBatchResponse{}
+	mi := &file_mooring_v1_job_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadBatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadBatchResponse) ProtoMessage() {}
+
+func (x *DownloadBatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_job_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadBatchResponse.ProtoReflect.Descriptor instead.
+func (*DownloadBatchResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_job_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DownloadBatchResponse) GetContent() isDownloadBatchResponse_Content {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *DownloadBatchResponse) GetRow() *BatchRow {
+	if x != nil {
+		if x, ok := x.Content.(*DownloadBatchResponse_Row); ok {
+			return x.Row
+		}
+	}
+	return nil
+}
+
+func (x *DownloadBatchResponse) GetChunk() []byte {
+	if x != nil {
+		if x, ok := x.Content.(*DownloadBatchResponse_Chunk); ok {
+			return x.Chunk
+		}
+	}
+	return nil
+}
+
+type isDownloadBatchResponse_Content interface {
+	isDownloadBatchResponse_Content()
+}
+
+type DownloadBatchResponse_Row struct {
+	// A row is done.
+	Row *BatchRow `protobuf:"bytes,1,opt,name=row,proto3,oneof"`
+}
+
+type DownloadBatchResponse_Chunk struct {
+	// The next bytes of its image, at most 1 MiB.
+	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
+}
+
+func (*DownloadBatchResponse_Row) isDownloadBatchResponse_Content() {}
+
+func (*DownloadBatchResponse_Chunk) isDownloadBatchResponse_Content() {}
+
 var File_mooring_v1_job_proto protoreflect.FileDescriptor
 
 const file_mooring_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"\x14mooring/v1/job.proto\x12\n" +
-	"mooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1bmooring/v1/evaluation.proto\x1a\x16mooring/v1/media.proto\x1a\x19mooring/v1/training.proto\"\x88\x06\n" +
+	"mooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16mooring/v1/batch.proto\x1a\x1bmooring/v1/evaluation.proto\x1a\x16mooring/v1/media.proto\x1a\x19mooring/v1/training.proto\"\xff\x06\n" +
 	"\x03Job\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12-\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x13.mooring.v1.JobKindB\x04\xe2A\x01\x03R\x04kind\x120\n" +
 	"\x05state\x18\x03 \x01(\x0e2\x14.mooring.v1.JobStateB\x04\xe2A\x01\x03R\x05state\x12/\n" +
 	"\x10cancel_requested\x18\x04 \x01(\bB\x04\xe2A\x01\x03R\x0fcancelRequested\x123\n" +
 	"\x05train\x18\x05 \x01(\v2\x15.mooring.v1.TrainSpecB\x04\xe2A\x01\x03H\x00R\x05train\x12<\n" +
-	"\bevaluate\x18\x06 \x01(\v2\x18.mooring.v1.EvaluateSpecB\x04\xe2A\x01\x03H\x00R\bevaluate\x129\n" +
+	"\bevaluate\x18\x06 \x01(\v2\x18.mooring.v1.EvaluateSpecB\x04\xe2A\x01\x03H\x00R\bevaluate\x123\n" +
+	"\x05batch\x18\x0e \x01(\v2\x15.mooring.v1.BatchSpecB\x04\xe2A\x01\x03H\x00R\x05batch\x129\n" +
 	"\bprogress\x18\a \x01(\v2\x17.mooring.v1.JobProgressB\x04\xe2A\x01\x03R\bprogress\x12.\n" +
 	"\x05error\x18\b \x01(\v2\x12.google.rpc.StatusB\x04\xe2A\x01\x03R\x05error\x126\n" +
 	"\aadapter\x18\t \x01(\tB\x1c\xe2A\x01\x03\xfaA\x15\n" +
@@ -1316,16 +1499,19 @@ const file_mooring_v1_job_proto_rawDesc = "" +
 	"createTime\x12?\n" +
 	"\n" +
 	"start_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\tstartTime\x12;\n" +
-	"\bend_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\aendTime:<\xeaA9\n" +
+	"\bend_time\x18\r \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\aendTime\x12@\n" +
+	"\fbatch_result\x18\x0f \x01(\v2\x17.mooring.v1.BatchResultB\x04\xe2A\x01\x03R\vbatchResult:<\xeaA9\n" +
 	"\x0fmooring.dev/Job\x12\x1btenants/{tenant}/jobs/{job}*\x04jobs2\x03jobB\x06\n" +
-	"\x04spec\"\x98\x02\n" +
+	"\x04spec\"\xbf\x02\n" +
 	"\vJobProgress\x12\x1a\n" +
 	"\x05phase\x18\x01 \x01(\tB\x04\xe2A\x01\x03R\x05phase\x12\x18\n" +
 	"\x04step\x18\x02 \x01(\x05B\x04\xe2A\x01\x03R\x04step\x12\x1a\n" +
 	"\x05steps\x18\x03 \x01(\x05B\x04\xe2A\x01\x03R\x05steps\x12<\n" +
 	"\ttime_left\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x03R\btimeLeft\x12=\n" +
 	"\btraining\x18\x05 \x01(\v2\x1b.mooring.v1.TrainingFiguresB\x04\xe2A\x01\x03R\btraining\x12:\n" +
-	"\bpreviews\x18\x06 \x03(\v2\x18.mooring.v1.PreviewImageB\x04\xe2A\x01\x03R\bpreviews\"\xff\x01\n" +
+	"\bpreviews\x18\x06 \x03(\v2\x18.mooring.v1.PreviewImageB\x04\xe2A\x01\x03R\bpreviews\x12%\n" +
+	"\vfailed_rows\x18\a \x01(\x05B\x04\xe2A\x01\x03R\n" +
+	"failedRows\"\xff\x01\n" +
 	"\x0fTrainingFigures\x12\x18\n" +
 	"\x04loss\x18\x01 \x01(\x01B\x04\xe2A\x01\x03R\x04loss\x12&\n" +
 	"\tsigma_max\x18\x02 \x01(\x01B\x04\xe2A\x01\x03H\x00R\bsigmaMax\x88\x01\x01\x12\x1f\n" +
@@ -1389,18 +1575,27 @@ const file_mooring_v1_job_proto_rawDesc = "" +
 	"\x18DownloadArtifactResponse\x12,\n" +
 	"\x04file\x18\x01 \x01(\v2\x16.mooring.v1.FileHeaderH\x00R\x04file\x12\x16\n" +
 	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunkB\t\n" +
-	"\acontent*N\n" +
+	"\acontent\"q\n" +
+	"\x14DownloadBatchRequest\x12,\n" +
+	"\x04name\x18\x01 \x01(\tB\x18\xe2A\x01\x02\xfaA\x11\n" +
+	"\x0fmooring.dev/JobR\x04name\x12+\n" +
+	"\x0eafter_position\x18\x02 \x01(\x05B\x04\xe2A\x01\x01R\rafterPosition\"d\n" +
+	"\x15DownloadBatchResponse\x12(\n" +
+	"\x03row\x18\x01 \x01(\v2\x14.mooring.v1.BatchRowH\x00R\x03row\x12\x16\n" +
+	"\x05chunk\x18\x02 \x01(\fH\x00R\x05chunkB\t\n" +
+	"\acontent*b\n" +
 	"\aJobKind\x12\x18\n" +
 	"\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eJOB_KIND_TRAIN\x10\x01\x12\x15\n" +
-	"\x11JOB_KIND_EVALUATE\x10\x02*\x9b\x01\n" +
+	"\x11JOB_KIND_EVALUATE\x10\x02\x12\x12\n" +
+	"\x0eJOB_KIND_BATCH\x10\x03*\x9b\x01\n" +
 	"\bJobState\x12\x19\n" +
 	"\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11JOB_STATE_PENDING\x10\x01\x12\x15\n" +
 	"\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n" +
 	"\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n" +
 	"\x10JOB_STATE_FAILED\x10\x04\x12\x17\n" +
-	"\x13JOB_STATE_CANCELLED\x10\x052\xde\x03\n" +
+	"\x13JOB_STATE_CANCELLED\x10\x052\xb6\x04\n" +
 	"\n" +
 	"JobService\x12?\n" +
 	"\x06GetJob\x12\x19.mooring.v1.GetJobRequest\x1a\x1a.mooring.v1.GetJobResponse\x12E\n" +
@@ -1408,7 +1603,8 @@ const file_mooring_v1_job_proto_rawDesc = "" +
 	"\tCancelJob\x12\x1c.mooring.v1.CancelJobRequest\x1a\x1d.mooring.v1.CancelJobResponse\x12G\n" +
 	"\bWatchJob\x12\x1b.mooring.v1.WatchJobRequest\x1a\x1c.mooring.v1.WatchJobResponse0\x01\x12T\n" +
 	"\rGetEvaluation\x12 .mooring.v1.GetEvaluationRequest\x1a!.mooring.v1.GetEvaluationResponse\x12_\n" +
-	"\x10DownloadArtifact\x12#.mooring.v1.DownloadArtifactRequest\x1a$.mooring.v1.DownloadArtifactResponse0\x01b\x06proto3"
+	"\x10DownloadArtifact\x12#.mooring.v1.DownloadArtifactRequest\x1a$.mooring.v1.DownloadArtifactResponse0\x01\x12V\n" +
+	"\rDownloadBatch\x12 .mooring.v1.DownloadBatchRequest\x1a!.mooring.v1.DownloadBatchResponse0\x01b\x06proto3"
 
 var (
 	file_mooring_v1_job_proto_rawDescOnce sync.Once
@@ -1423,7 +1619,7 @@ func file_mooring_v1_job_proto_rawDescGZIP() []byte {
 }
 
 var file_mooring_v1_job_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_mooring_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_mooring_v1_job_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
 var file_mooring_v1_job_proto_goTypes = []any{
 	(JobKind)(0),                     // 0: mooring.v1.JobKind
 	(JobState)(0),                    // 1: mooring.v1.JobState
@@ -1443,56 +1639,66 @@ var file_mooring_v1_job_proto_goTypes = []any{
 	(*GetEvaluationResponse)(nil),    // 15: mooring.v1.GetEvaluationResponse
 	(*DownloadArtifactRequest)(nil),  // 16: mooring.v1.DownloadArtifactRequest
 	(*DownloadArtifactResponse)(nil), // 17: mooring.v1.DownloadArtifactResponse
-	(*TrainSpec)(nil),                // 18: mooring.v1.TrainSpec
-	(*EvaluateSpec)(nil),             // 19: mooring.v1.EvaluateSpec
-	(*status.Status)(nil),            // 20: google.rpc.Status
-	(*timestamppb.Timestamp)(nil),    // 21: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 22: google.protobuf.Duration
-	(*PreviewImage)(nil),             // 23: mooring.v1.PreviewImage
-	(*Evaluation)(nil),               // 24: mooring.v1.Evaluation
-	(*FileHeader)(nil),               // 25: mooring.v1.FileHeader
+	(*DownloadBatchRequest)(nil),     // 18: mooring.v1.DownloadBatchRequest
+	(*DownloadBatchResponse)(nil),    // 19: mooring.v1.DownloadBatchResponse
+	(*TrainSpec)(nil),                // 20: mooring.v1.TrainSpec
+	(*EvaluateSpec)(nil),             // 21: mooring.v1.EvaluateSpec
+	(*BatchSpec)(nil),                // 22: mooring.v1.BatchSpec
+	(*status.Status)(nil),            // 23: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),    // 24: google.protobuf.Timestamp
+	(*BatchResult)(nil),              // 25: mooring.v1.BatchResult
+	(*durationpb.Duration)(nil),      // 26: google.protobuf.Duration
+	(*PreviewImage)(nil),             // 27: mooring.v1.PreviewImage
+	(*Evaluation)(nil),               // 28: mooring.v1.Evaluation
+	(*FileHeader)(nil),               // 29: mooring.v1.FileHeader
+	(*BatchRow)(nil),                 // 30: mooring.v1.BatchRow
 }
 var file_mooring_v1_job_proto_depIdxs = []int32{
 	0,  // 0: mooring.v1.Job.kind:type_name -> mooring.v1.JobKind
 	1,  // 1: mooring.v1.Job.state:type_name -> mooring.v1.JobState
-	18, // 2: mooring.v1.Job.train:type_name -> mooring.v1.TrainSpec
-	19, // 3: mooring.v1.Job.evaluate:type_name -> mooring.v1.EvaluateSpec
-	3,  // 4: mooring.v1.Job.progress:type_name -> mooring.v1.JobProgress
-	20, // 5: mooring.v1.Job.error:type_name -> google.rpc.Status
-	5,  // 6: mooring.v1.Job.artifacts:type_name -> mooring.v1.Artifact
-	21, // 7: mooring.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	21, // 8: mooring.v1.Job.start_time:type_name -> google.protobuf.Timestamp
-	21, // 9: mooring.v1.Job.end_time:type_name -> google.protobuf.Timestamp
-	22, // 10: mooring.v1.JobProgress.time_left:type_name -> google.protobuf.Duration
-	4,  // 11: mooring.v1.JobProgress.training:type_name -> mooring.v1.TrainingFigures
-	23, // 12: mooring.v1.JobProgress.previews:type_name -> mooring.v1.PreviewImage
-	2,  // 13: mooring.v1.GetJobResponse.job:type_name -> mooring.v1.Job
-	0,  // 14: mooring.v1.ListJobsRequest.kind:type_name -> mooring.v1.JobKind
-	1,  // 15: mooring.v1.ListJobsRequest.state:type_name -> mooring.v1.JobState
-	2,  // 16: mooring.v1.ListJobsResponse.jobs:type_name -> mooring.v1.Job
-	2,  // 17: mooring.v1.CancelJobResponse.job:type_name -> mooring.v1.Job
-	21, // 18: mooring.v1.WatchJobResponse.event_time:type_name -> google.protobuf.Timestamp
-	3,  // 19: mooring.v1.WatchJobResponse.progress:type_name -> mooring.v1.JobProgress
-	2,  // 20: mooring.v1.WatchJobResponse.job:type_name -> mooring.v1.Job
-	24, // 21: mooring.v1.GetEvaluationResponse.evaluation:type_name -> mooring.v1.Evaluation
-	25, // 22: mooring.v1.DownloadArtifactResponse.file:type_name -> mooring.v1.FileHeader
-	6,  // 23: mooring.v1.JobService.GetJob:input_type -> mooring.v1.GetJobRequest
-	8,  // 24: mooring.v1.JobService.ListJobs:input_type -> mooring.v1.ListJobsRequest
-	10, // 25: mooring.v1.JobService.CancelJob:input_type -> mooring.v1.CancelJobRequest
-	12, // 26: mooring.v1.JobService.WatchJob:input_type -> mooring.v1.WatchJobRequest
-	14, // 27: mooring.v1.JobService.GetEvaluation:input_type -> mooring.v1.GetEvaluationRequest
-	16, // 28: mooring.v1.JobService.DownloadArtifact:input_type -> mooring.v1.DownloadArtifactRequest
-	7,  // 29: mooring.v1.JobService.GetJob:output_type -> mooring.v1.GetJobResponse
-	9,  // 30: mooring.v1.JobService.ListJobs:output_type -> mooring.v1.ListJobsResponse
-	11, // 31: mooring.v1.JobService.CancelJob:output_type -> mooring.v1.CancelJobResponse
-	13, // 32: mooring.v1.JobService.WatchJob:output_type -> mooring.v1.WatchJobResponse
-	15, // 33: mooring.v1.JobService.GetEvaluation:output_type -> mooring.v1.GetEvaluationResponse
-	17, // 34: mooring.v1.JobService.DownloadArtifact:output_type -> mooring.v1.DownloadArtifactResponse
-	29, // [29:35] is the sub-list for method output_type
-	23, // [23:29] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	20, // 2: mooring.v1.Job.train:type_name -> mooring.v1.TrainSpec
+	21, // 3: mooring.v1.Job.evaluate:type_name -> mooring.v1.EvaluateSpec
+	22, // 4: mooring.v1.Job.batch:type_name -> mooring.v1.BatchSpec
+	3,  // 5: mooring.v1.Job.progress:type_name -> mooring.v1.JobProgress
+	23, // 6: mooring.v1.Job.error:type_name -> google.rpc.Status
+	5,  // 7: mooring.v1.Job.artifacts:type_name -> mooring.v1.Artifact
+	24, // 8: mooring.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	24, // 9: mooring.v1.Job.start_time:type_name -> google.protobuf.Timestamp
+	24, // 10: mooring.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	25, // 11: mooring.v1.Job.batch_result:type_name -> mooring.v1.BatchResult
+	26, // 12: mooring.v1.JobProgress.time_left:type_name -> google.protobuf.Duration
+	4,  // 13: mooring.v1.JobProgress.training:type_name -> mooring.v1.TrainingFigures
+	27, // 14: mooring.v1.JobProgress.previews:type_name -> mooring.v1.PreviewImage
+	2,  // 15: mooring.v1.GetJobResponse.job:type_name -> mooring.v1.Job
+	0,  // 16: mooring.v1.ListJobsRequest.kind:type_name -> mooring.v1.JobKind
+	1,  // 17: mooring.v1.ListJobsRequest.state:type_name -> mooring.v1.JobState
+	2,  // 18: mooring.v1.ListJobsResponse.jobs:type_name -> mooring.v1.Job
+	2,  // 19: mooring.v1.CancelJobResponse.job:type_name -> mooring.v1.Job
+	24, // 20: mooring.v1.WatchJobResponse.event_time:type_name -> google.protobuf.Timestamp
+	3,  // 21: mooring.v1.WatchJobResponse.progress:type_name -> mooring.v1.JobProgress
+	2,  // 22: mooring.v1.WatchJobResponse.job:type_name -> mooring.v1.Job
+	28, // 23: mooring.v1.GetEvaluationResponse.evaluation:type_name -> mooring.v1.Evaluation
+	29, // 24: mooring.v1.DownloadArtifactResponse.file:type_name -> mooring.v1.FileHeader
+	30, // 25: mooring.v1.DownloadBatchResponse.row:type_name -> mooring.v1.BatchRow
+	6,  // 26: mooring.v1.JobService.GetJob:input_type -> mooring.v1.GetJobRequest
+	8,  // 27: mooring.v1.JobService.ListJobs:input_type -> mooring.v1.ListJobsRequest
+	10, // 28: mooring.v1.JobService.CancelJob:input_type -> mooring.v1.CancelJobRequest
+	12, // 29: mooring.v1.JobService.WatchJob:input_type -> mooring.v1.WatchJobRequest
+	14, // 30: mooring.v1.JobService.GetEvaluation:input_type -> mooring.v1.GetEvaluationRequest
+	16, // 31: mooring.v1.JobService.DownloadArtifact:input_type -> mooring.v1.DownloadArtifactRequest
+	18, // 32: mooring.v1.JobService.DownloadBatch:input_type -> mooring.v1.DownloadBatchRequest
+	7,  // 33: mooring.v1.JobService.GetJob:output_type -> mooring.v1.GetJobResponse
+	9,  // 34: mooring.v1.JobService.ListJobs:output_type -> mooring.v1.ListJobsResponse
+	11, // 35: mooring.v1.JobService.CancelJob:output_type -> mooring.v1.CancelJobResponse
+	13, // 36: mooring.v1.JobService.WatchJob:output_type -> mooring.v1.WatchJobResponse
+	15, // 37: mooring.v1.JobService.GetEvaluation:output_type -> mooring.v1.GetEvaluationResponse
+	17, // 38: mooring.v1.JobService.DownloadArtifact:output_type -> mooring.v1.DownloadArtifactResponse
+	19, // 39: mooring.v1.JobService.DownloadBatch:output_type -> mooring.v1.DownloadBatchResponse
+	33, // [33:40] is the sub-list for method output_type
+	26, // [26:33] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_mooring_v1_job_proto_init() }
@@ -1500,12 +1706,14 @@ func file_mooring_v1_job_proto_init() {
 	if File_mooring_v1_job_proto != nil {
 		return
 	}
+	file_mooring_v1_batch_proto_init()
 	file_mooring_v1_evaluation_proto_init()
 	file_mooring_v1_media_proto_init()
 	file_mooring_v1_training_proto_init()
 	file_mooring_v1_job_proto_msgTypes[0].OneofWrappers = []any{
 		(*Job_Train)(nil),
 		(*Job_Evaluate)(nil),
+		(*Job_Batch)(nil),
 	}
 	file_mooring_v1_job_proto_msgTypes[2].OneofWrappers = []any{}
 	file_mooring_v1_job_proto_msgTypes[11].OneofWrappers = []any{
@@ -1516,13 +1724,17 @@ func file_mooring_v1_job_proto_init() {
 		(*DownloadArtifactResponse_File)(nil),
 		(*DownloadArtifactResponse_Chunk)(nil),
 	}
+	file_mooring_v1_job_proto_msgTypes[17].OneofWrappers = []any{
+		(*DownloadBatchResponse_Row)(nil),
+		(*DownloadBatchResponse_Chunk)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mooring_v1_job_proto_rawDesc), len(file_mooring_v1_job_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   16,
+			NumMessages:   18,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

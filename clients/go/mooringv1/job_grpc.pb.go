@@ -25,6 +25,7 @@ const (
 	JobService_WatchJob_FullMethodName         = "/mooring.v1.JobService/WatchJob"
 	JobService_GetEvaluation_FullMethodName    = "/mooring.v1.JobService/GetEvaluation"
 	JobService_DownloadArtifact_FullMethodName = "/mooring.v1.JobService/DownloadArtifact"
+	JobService_DownloadBatch_FullMethodName    = "/mooring.v1.JobService/DownloadBatch"
 )
 
 // JobServiceClient is the client API for JobService service.
@@ -47,6 +48,9 @@ type JobServiceClient interface {
 	GetEvaluation(ctx context.Context, in *GetEvaluationRequest, opts ...grpc.CallOption) (*GetEvaluationResponse, error)
 	// Streams one file that a job made: its `file` header, then its `chunk`s.
 	DownloadArtifact(ctx context.Context, in *DownloadArtifactRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadArtifactResponse], error)
+	// Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+	// Follows a job that still runs and ends with it. Resumes after any row.
+	DownloadBatch(ctx context.Context, in *DownloadBatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadBatchResponse], error)
 }
 
 type jobServiceClient struct {
@@ -135,6 +139,25 @@ func (c *jobServiceClient) DownloadArtifact(ctx context.Context, in *DownloadArt
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type JobService_DownloadArtifactClient = grpc.ServerStreamingClient[DownloadArtifactResponse]
 
+func (c *jobServiceClient) DownloadBatch(ctx context.Context, in *DownloadBatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadBatchResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &JobService_ServiceDesc.Streams[2], JobService_DownloadBatch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DownloadBatchRequest, DownloadBatchResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_DownloadBatchClient = grpc.ServerStreamingClient[DownloadBatchResponse]
+
 // JobServiceServer is the server API for JobService service.
 // All implementations must embed UnimplementedJobServiceServer
 // for forward compatibility.
@@ -155,6 +178,9 @@ type JobServiceServer interface {
 	GetEvaluation(context.Context, *GetEvaluationRequest) (*GetEvaluationResponse, error)
 	// Streams one file that a job made: its `file` header, then its `chunk`s.
 	DownloadArtifact(*DownloadArtifactRequest, grpc.ServerStreamingServer[DownloadArtifactResponse]) error
+	// Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+	// Follows a job that still runs and ends with it. Resumes after any row.
+	DownloadBatch(*DownloadBatchRequest, grpc.ServerStreamingServer[DownloadBatchResponse]) error
 	mustEmbedUnimplementedJobServiceServer()
 }
 
@@ -182,6 +208,9 @@ func (UnimplementedJobServiceServer) GetEvaluation(context.Context, *GetEvaluati
 }
 func (UnimplementedJobServiceServer) DownloadArtifact(*DownloadArtifactRequest, grpc.ServerStreamingServer[DownloadArtifactResponse]) error {
 	return status.Error(codes.Unimplemented, "method DownloadArtifact not implemented")
+}
+func (UnimplementedJobServiceServer) DownloadBatch(*DownloadBatchRequest, grpc.ServerStreamingServer[DownloadBatchResponse]) error {
+	return status.Error(codes.Unimplemented, "method DownloadBatch not implemented")
 }
 func (UnimplementedJobServiceServer) mustEmbedUnimplementedJobServiceServer() {}
 func (UnimplementedJobServiceServer) testEmbeddedByValue()                    {}
@@ -298,6 +327,17 @@ func _JobService_DownloadArtifact_Handler(srv interface{}, stream grpc.ServerStr
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type JobService_DownloadArtifactServer = grpc.ServerStreamingServer[DownloadArtifactResponse]
 
+func _JobService_DownloadBatch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DownloadBatchRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(JobServiceServer).DownloadBatch(m, &grpc.GenericServerStream[DownloadBatchRequest, DownloadBatchResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_DownloadBatchServer = grpc.ServerStreamingServer[DownloadBatchResponse]
+
 // JobService_ServiceDesc is the grpc.ServiceDesc for JobService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -331,6 +371,11 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "DownloadArtifact",
 			Handler:       _JobService_DownloadArtifact_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "DownloadBatch",
+			Handler:       _JobService_DownloadBatch_Handler,
 			ServerStreams: true,
 		},
 	},

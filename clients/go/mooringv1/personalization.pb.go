@@ -352,8 +352,12 @@ type Limits struct {
 	MaxPhotoBytes int64 `protobuf:"varint,8,opt,name=max_photo_bytes,json=maxPhotoBytes,proto3" json:"max_photo_bytes,omitempty"`
 	// Requests of one GenerateBatch call that are worked on at a time.
 	MaxBatchInFlight int32 `protobuf:"varint,9,opt,name=max_batch_in_flight,json=maxBatchInFlight,proto3" json:"max_batch_in_flight,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Rows of one batch job's file.
+	MaxBatchRows int32 `protobuf:"varint,10,opt,name=max_batch_rows,json=maxBatchRows,proto3" json:"max_batch_rows,omitempty"`
+	// Size of one batch job's file in bytes.
+	MaxBatchBytes int64 `protobuf:"varint,11,opt,name=max_batch_bytes,json=maxBatchBytes,proto3" json:"max_batch_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Limits) Reset() {
@@ -445,6 +449,20 @@ func (x *Limits) GetMaxPhotoBytes() int64 {
 func (x *Limits) GetMaxBatchInFlight() int32 {
 	if x != nil {
 		return x.MaxBatchInFlight
+	}
+	return 0
+}
+
+func (x *Limits) GetMaxBatchRows() int32 {
+	if x != nil {
+		return x.MaxBatchRows
+	}
+	return 0
+}
+
+func (x *Limits) GetMaxBatchBytes() int64 {
+	if x != nil {
+		return x.MaxBatchBytes
 	}
 	return 0
 }
@@ -1430,6 +1448,211 @@ func (x *GenerateBatchRequest) GetRequest() *GenerateRequest {
 	return nil
 }
 
+// Request of PersonalizationService.RunBatch: one message of the upload.
+type RunBatchRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What this message carries.
+	//
+	// Types that are valid to be assigned to Content:
+	//
+	//	*RunBatchRequest_Settings
+	//	*RunBatchRequest_File
+	//	*RunBatchRequest_Chunk
+	Content       isRunBatchRequest_Content `protobuf_oneof:"content"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunBatchRequest) Reset() {
+	*x = RunBatchRequest{}
+	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunBatchRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunBatchRequest) ProtoMessage() {}
+
+func (x *RunBatchRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunBatchRequest.ProtoReflect.Descriptor instead.
+func (*RunBatchRequest) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RunBatchRequest) GetContent() isRunBatchRequest_Content {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *RunBatchRequest) GetSettings() *BatchSettings {
+	if x != nil {
+		if x, ok := x.Content.(*RunBatchRequest_Settings); ok {
+			return x.Settings
+		}
+	}
+	return nil
+}
+
+func (x *RunBatchRequest) GetFile() *FileHeader {
+	if x != nil {
+		if x, ok := x.Content.(*RunBatchRequest_File); ok {
+			return x.File
+		}
+	}
+	return nil
+}
+
+func (x *RunBatchRequest) GetChunk() []byte {
+	if x != nil {
+		if x, ok := x.Content.(*RunBatchRequest_Chunk); ok {
+			return x.Chunk
+		}
+	}
+	return nil
+}
+
+type isRunBatchRequest_Content interface {
+	isRunBatchRequest_Content()
+}
+
+type RunBatchRequest_Settings struct {
+	// First message.
+	Settings *BatchSettings `protobuf:"bytes,1,opt,name=settings,proto3,oneof"`
+}
+
+type RunBatchRequest_File struct {
+	// Second message: the file that follows.
+	File *FileHeader `protobuf:"bytes,2,opt,name=file,proto3,oneof"`
+}
+
+type RunBatchRequest_Chunk struct {
+	// The next bytes of it, at most 1 MiB.
+	Chunk []byte `protobuf:"bytes,3,opt,name=chunk,proto3,oneof"`
+}
+
+func (*RunBatchRequest_Settings) isRunBatchRequest_Content() {}
+
+func (*RunBatchRequest_File) isRunBatchRequest_Content() {}
+
+func (*RunBatchRequest_Chunk) isRunBatchRequest_Content() {}
+
+// How a batch job is started.
+type BatchSettings struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Tenant to work in, `tenants/{tenant}`. Default: the caller's own; no other is allowed.
+	Parent string `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	// A UUID that makes the call safe to repeat: a second call with the same id and file returns the first call's job.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BatchSettings) Reset() {
+	*x = BatchSettings{}
+	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BatchSettings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BatchSettings) ProtoMessage() {}
+
+func (x *BatchSettings) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BatchSettings.ProtoReflect.Descriptor instead.
+func (*BatchSettings) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *BatchSettings) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *BatchSettings) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Response of PersonalizationService.RunBatch.
+type RunBatchResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The new job.
+	Job           *Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunBatchResponse) Reset() {
+	*x = RunBatchResponse{}
+	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunBatchResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunBatchResponse) ProtoMessage() {}
+
+func (x *RunBatchResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunBatchResponse.ProtoReflect.Descriptor instead.
+func (*RunBatchResponse) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RunBatchResponse) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
 // Response of PersonalizationService.GenerateBatch: a part of one request's answer.
 type GenerateBatchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1449,7 +1672,7 @@ type GenerateBatchResponse struct {
 
 func (x *GenerateBatchResponse) Reset() {
 	*x = GenerateBatchResponse{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1684,7 @@ func (x *GenerateBatchResponse) String() string {
 func (*GenerateBatchResponse) ProtoMessage() {}
 
 func (x *GenerateBatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1697,7 @@ func (x *GenerateBatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateBatchResponse.ProtoReflect.Descriptor instead.
 func (*GenerateBatchResponse) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{17}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GenerateBatchResponse) GetId() string {
@@ -1567,7 +1790,7 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\x0fprediction_type\x18\x04 \x01(\tR\x0epredictionType\x12\x1f\n" +
 	"\vnative_size\x18\x05 \x01(\x05R\n" +
 	"nativeSize\x12*\n" +
-	"\x11max_prompt_tokens\x18\x06 \x01(\x05R\x0fmaxPromptTokens\"\xb0\x02\n" +
+	"\x11max_prompt_tokens\x18\x06 \x01(\x05R\x0fmaxPromptTokens\"\xfe\x02\n" +
 	"\x06Limits\x12\x1b\n" +
 	"\tmax_steps\x18\x01 \x01(\x05R\bmaxSteps\x12\x1d\n" +
 	"\n" +
@@ -1579,7 +1802,10 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\n" +
 	"max_photos\x18\a \x01(\x05R\tmaxPhotos\x12&\n" +
 	"\x0fmax_photo_bytes\x18\b \x01(\x03R\rmaxPhotoBytes\x12-\n" +
-	"\x13max_batch_in_flight\x18\t \x01(\x05R\x10maxBatchInFlight\"f\n" +
+	"\x13max_batch_in_flight\x18\t \x01(\x05R\x10maxBatchInFlight\x12$\n" +
+	"\x0emax_batch_rows\x18\n" +
+	" \x01(\x05R\fmaxBatchRows\x12&\n" +
+	"\x0fmax_batch_bytes\x18\v \x01(\x03R\rmaxBatchBytes\"f\n" +
 	"\x10DriftPresetValue\x12/\n" +
 	"\x06preset\x18\x01 \x01(\x0e2\x17.mooring.v1.DriftPresetR\x06preset\x12!\n" +
 	"\fdrift_budget\x18\x02 \x01(\x01R\vdriftBudget\"\xfc\x01\n" +
@@ -1663,7 +1889,18 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\x06digest\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x06digest\"i\n" +
 	"\x14GenerateBatchRequest\x12\x14\n" +
 	"\x02id\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x02id\x12;\n" +
-	"\arequest\x18\x02 \x01(\v2\x1b.mooring.v1.GenerateRequestB\x04\xe2A\x01\x02R\arequest\"\xc3\x01\n" +
+	"\arequest\x18\x02 \x01(\v2\x1b.mooring.v1.GenerateRequestB\x04\xe2A\x01\x02R\arequest\"\x9b\x01\n" +
+	"\x0fRunBatchRequest\x127\n" +
+	"\bsettings\x18\x01 \x01(\v2\x19.mooring.v1.BatchSettingsH\x00R\bsettings\x12,\n" +
+	"\x04file\x18\x02 \x01(\v2\x16.mooring.v1.FileHeaderH\x00R\x04file\x12\x16\n" +
+	"\x05chunk\x18\x03 \x01(\fH\x00R\x05chunkB\t\n" +
+	"\acontent\"f\n" +
+	"\rBatchSettings\x120\n" +
+	"\x06parent\x18\x01 \x01(\tB\x18\xe2A\x01\x01\xfaA\x11\x12\x0fmooring.dev/JobR\x06parent\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"5\n" +
+	"\x10RunBatchResponse\x12!\n" +
+	"\x03job\x18\x01 \x01(\v2\x0f.mooring.v1.JobR\x03job\"\xc3\x01\n" +
 	"\x15GenerateBatchResponse\x12\x14\n" +
 	"\x02id\x18\x01 \x01(\tB\x04\xe2A\x01\x03R\x02id\x12.\n" +
 	"\x05image\x18\x02 \x01(\v2\x16.mooring.v1.ImageChunkH\x00R\x05image\x12.\n" +
@@ -1675,13 +1912,14 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\fSAMPLER_DDIM\x10\x01\x12\x11\n" +
 	"\rSAMPLER_EULER\x10\x02\x12\x1b\n" +
 	"\x17SAMPLER_EULER_ANCESTRAL\x10\x03\x12\x14\n" +
-	"\x10SAMPLER_DPMPP_2M\x10\x042\x96\x03\n" +
+	"\x10SAMPLER_DPMPP_2M\x10\x042\xdf\x03\n" +
 	"\x16PersonalizationService\x12T\n" +
 	"\rGetServerInfo\x12 .mooring.v1.GetServerInfoRequest\x1a!.mooring.v1.GetServerInfoResponse\x12<\n" +
 	"\x05Train\x12\x18.mooring.v1.TrainRequest\x1a\x19.mooring.v1.TrainResponse\x12E\n" +
 	"\bEvaluate\x12\x1b.mooring.v1.EvaluateRequest\x1a\x1c.mooring.v1.EvaluateResponse\x12G\n" +
 	"\bGenerate\x12\x1b.mooring.v1.GenerateRequest\x1a\x1c.mooring.v1.GenerateResponse0\x01\x12X\n" +
-	"\rGenerateBatch\x12 .mooring.v1.GenerateBatchRequest\x1a!.mooring.v1.GenerateBatchResponse(\x010\x01b\x06proto3"
+	"\rGenerateBatch\x12 .mooring.v1.GenerateBatchRequest\x1a!.mooring.v1.GenerateBatchResponse(\x010\x01\x12G\n" +
+	"\bRunBatch\x12\x1b.mooring.v1.RunBatchRequest\x1a\x1c.mooring.v1.RunBatchResponse(\x01b\x06proto3"
 
 var (
 	file_mooring_v1_personalization_proto_rawDescOnce sync.Once
@@ -1696,7 +1934,7 @@ func file_mooring_v1_personalization_proto_rawDescGZIP() []byte {
 }
 
 var file_mooring_v1_personalization_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_mooring_v1_personalization_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_mooring_v1_personalization_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_mooring_v1_personalization_proto_goTypes = []any{
 	(Sampler)(0),                  // 0: mooring.v1.Sampler
 	(*GetServerInfoRequest)(nil),  // 1: mooring.v1.GetServerInfoRequest
@@ -1716,58 +1954,67 @@ var file_mooring_v1_personalization_proto_goTypes = []any{
 	(*GenerateDone)(nil),          // 15: mooring.v1.GenerateDone
 	(*UsedAdapter)(nil),           // 16: mooring.v1.UsedAdapter
 	(*GenerateBatchRequest)(nil),  // 17: mooring.v1.GenerateBatchRequest
-	(*GenerateBatchResponse)(nil), // 18: mooring.v1.GenerateBatchResponse
-	(TrainingMethod)(0),           // 19: mooring.v1.TrainingMethod
-	(*TrainingConfig)(nil),        // 20: mooring.v1.TrainingConfig
-	(DriftPreset)(0),              // 21: mooring.v1.DriftPreset
-	(*Job)(nil),                   // 22: mooring.v1.Job
-	(*EvaluationConfig)(nil),      // 23: mooring.v1.EvaluationConfig
-	(*ImageChunk)(nil),            // 24: mooring.v1.ImageChunk
-	(*PreviewImage)(nil),          // 25: mooring.v1.PreviewImage
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*status.Status)(nil),         // 27: google.rpc.Status
+	(*RunBatchRequest)(nil),       // 18: mooring.v1.RunBatchRequest
+	(*BatchSettings)(nil),         // 19: mooring.v1.BatchSettings
+	(*RunBatchResponse)(nil),      // 20: mooring.v1.RunBatchResponse
+	(*GenerateBatchResponse)(nil), // 21: mooring.v1.GenerateBatchResponse
+	(TrainingMethod)(0),           // 22: mooring.v1.TrainingMethod
+	(*TrainingConfig)(nil),        // 23: mooring.v1.TrainingConfig
+	(DriftPreset)(0),              // 24: mooring.v1.DriftPreset
+	(*Job)(nil),                   // 25: mooring.v1.Job
+	(*EvaluationConfig)(nil),      // 26: mooring.v1.EvaluationConfig
+	(*ImageChunk)(nil),            // 27: mooring.v1.ImageChunk
+	(*PreviewImage)(nil),          // 28: mooring.v1.PreviewImage
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*FileHeader)(nil),            // 30: mooring.v1.FileHeader
+	(*status.Status)(nil),         // 31: google.rpc.Status
 }
 var file_mooring_v1_personalization_proto_depIdxs = []int32{
 	3,  // 0: mooring.v1.GetServerInfoResponse.base:type_name -> mooring.v1.BaseModel
 	4,  // 1: mooring.v1.GetServerInfoResponse.limits:type_name -> mooring.v1.Limits
-	19, // 2: mooring.v1.GetServerInfoResponse.methods:type_name -> mooring.v1.TrainingMethod
+	22, // 2: mooring.v1.GetServerInfoResponse.methods:type_name -> mooring.v1.TrainingMethod
 	5,  // 3: mooring.v1.GetServerInfoResponse.presets:type_name -> mooring.v1.DriftPresetValue
-	20, // 4: mooring.v1.GetServerInfoResponse.training_defaults:type_name -> mooring.v1.TrainingConfig
+	23, // 4: mooring.v1.GetServerInfoResponse.training_defaults:type_name -> mooring.v1.TrainingConfig
 	10, // 5: mooring.v1.GetServerInfoResponse.generation_defaults:type_name -> mooring.v1.GenerateRequest
-	21, // 6: mooring.v1.DriftPresetValue.preset:type_name -> mooring.v1.DriftPreset
-	20, // 7: mooring.v1.TrainRequest.config:type_name -> mooring.v1.TrainingConfig
-	22, // 8: mooring.v1.TrainResponse.job:type_name -> mooring.v1.Job
-	23, // 9: mooring.v1.EvaluateRequest.config:type_name -> mooring.v1.EvaluationConfig
-	22, // 10: mooring.v1.EvaluateResponse.job:type_name -> mooring.v1.Job
+	24, // 6: mooring.v1.DriftPresetValue.preset:type_name -> mooring.v1.DriftPreset
+	23, // 7: mooring.v1.TrainRequest.config:type_name -> mooring.v1.TrainingConfig
+	25, // 8: mooring.v1.TrainResponse.job:type_name -> mooring.v1.Job
+	26, // 9: mooring.v1.EvaluateRequest.config:type_name -> mooring.v1.EvaluationConfig
+	25, // 10: mooring.v1.EvaluateResponse.job:type_name -> mooring.v1.Job
 	0,  // 11: mooring.v1.GenerateRequest.sampler:type_name -> mooring.v1.Sampler
 	11, // 12: mooring.v1.GenerateRequest.more_adapters:type_name -> mooring.v1.AdapterUse
 	13, // 13: mooring.v1.GenerateResponse.queued:type_name -> mooring.v1.GenerateQueued
 	14, // 14: mooring.v1.GenerateResponse.progress:type_name -> mooring.v1.GenerateProgress
-	24, // 15: mooring.v1.GenerateResponse.image:type_name -> mooring.v1.ImageChunk
+	27, // 15: mooring.v1.GenerateResponse.image:type_name -> mooring.v1.ImageChunk
 	15, // 16: mooring.v1.GenerateResponse.done:type_name -> mooring.v1.GenerateDone
-	25, // 17: mooring.v1.GenerateProgress.previews:type_name -> mooring.v1.PreviewImage
-	26, // 18: mooring.v1.GenerateDone.queue_time:type_name -> google.protobuf.Duration
-	26, // 19: mooring.v1.GenerateDone.total_time:type_name -> google.protobuf.Duration
+	28, // 17: mooring.v1.GenerateProgress.previews:type_name -> mooring.v1.PreviewImage
+	29, // 18: mooring.v1.GenerateDone.queue_time:type_name -> google.protobuf.Duration
+	29, // 19: mooring.v1.GenerateDone.total_time:type_name -> google.protobuf.Duration
 	16, // 20: mooring.v1.GenerateDone.more_adapters:type_name -> mooring.v1.UsedAdapter
 	10, // 21: mooring.v1.GenerateBatchRequest.request:type_name -> mooring.v1.GenerateRequest
-	24, // 22: mooring.v1.GenerateBatchResponse.image:type_name -> mooring.v1.ImageChunk
-	15, // 23: mooring.v1.GenerateBatchResponse.done:type_name -> mooring.v1.GenerateDone
-	27, // 24: mooring.v1.GenerateBatchResponse.error:type_name -> google.rpc.Status
-	1,  // 25: mooring.v1.PersonalizationService.GetServerInfo:input_type -> mooring.v1.GetServerInfoRequest
-	6,  // 26: mooring.v1.PersonalizationService.Train:input_type -> mooring.v1.TrainRequest
-	8,  // 27: mooring.v1.PersonalizationService.Evaluate:input_type -> mooring.v1.EvaluateRequest
-	10, // 28: mooring.v1.PersonalizationService.Generate:input_type -> mooring.v1.GenerateRequest
-	17, // 29: mooring.v1.PersonalizationService.GenerateBatch:input_type -> mooring.v1.GenerateBatchRequest
-	2,  // 30: mooring.v1.PersonalizationService.GetServerInfo:output_type -> mooring.v1.GetServerInfoResponse
-	7,  // 31: mooring.v1.PersonalizationService.Train:output_type -> mooring.v1.TrainResponse
-	9,  // 32: mooring.v1.PersonalizationService.Evaluate:output_type -> mooring.v1.EvaluateResponse
-	12, // 33: mooring.v1.PersonalizationService.Generate:output_type -> mooring.v1.GenerateResponse
-	18, // 34: mooring.v1.PersonalizationService.GenerateBatch:output_type -> mooring.v1.GenerateBatchResponse
-	30, // [30:35] is the sub-list for method output_type
-	25, // [25:30] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	19, // 22: mooring.v1.RunBatchRequest.settings:type_name -> mooring.v1.BatchSettings
+	30, // 23: mooring.v1.RunBatchRequest.file:type_name -> mooring.v1.FileHeader
+	25, // 24: mooring.v1.RunBatchResponse.job:type_name -> mooring.v1.Job
+	27, // 25: mooring.v1.GenerateBatchResponse.image:type_name -> mooring.v1.ImageChunk
+	15, // 26: mooring.v1.GenerateBatchResponse.done:type_name -> mooring.v1.GenerateDone
+	31, // 27: mooring.v1.GenerateBatchResponse.error:type_name -> google.rpc.Status
+	1,  // 28: mooring.v1.PersonalizationService.GetServerInfo:input_type -> mooring.v1.GetServerInfoRequest
+	6,  // 29: mooring.v1.PersonalizationService.Train:input_type -> mooring.v1.TrainRequest
+	8,  // 30: mooring.v1.PersonalizationService.Evaluate:input_type -> mooring.v1.EvaluateRequest
+	10, // 31: mooring.v1.PersonalizationService.Generate:input_type -> mooring.v1.GenerateRequest
+	17, // 32: mooring.v1.PersonalizationService.GenerateBatch:input_type -> mooring.v1.GenerateBatchRequest
+	18, // 33: mooring.v1.PersonalizationService.RunBatch:input_type -> mooring.v1.RunBatchRequest
+	2,  // 34: mooring.v1.PersonalizationService.GetServerInfo:output_type -> mooring.v1.GetServerInfoResponse
+	7,  // 35: mooring.v1.PersonalizationService.Train:output_type -> mooring.v1.TrainResponse
+	9,  // 36: mooring.v1.PersonalizationService.Evaluate:output_type -> mooring.v1.EvaluateResponse
+	12, // 37: mooring.v1.PersonalizationService.Generate:output_type -> mooring.v1.GenerateResponse
+	21, // 38: mooring.v1.PersonalizationService.GenerateBatch:output_type -> mooring.v1.GenerateBatchResponse
+	20, // 39: mooring.v1.PersonalizationService.RunBatch:output_type -> mooring.v1.RunBatchResponse
+	34, // [34:40] is the sub-list for method output_type
+	28, // [28:34] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_mooring_v1_personalization_proto_init() }
@@ -1788,6 +2035,11 @@ func file_mooring_v1_personalization_proto_init() {
 		(*GenerateResponse_Done)(nil),
 	}
 	file_mooring_v1_personalization_proto_msgTypes[17].OneofWrappers = []any{
+		(*RunBatchRequest_Settings)(nil),
+		(*RunBatchRequest_File)(nil),
+		(*RunBatchRequest_Chunk)(nil),
+	}
+	file_mooring_v1_personalization_proto_msgTypes[20].OneofWrappers = []any{
 		(*GenerateBatchResponse_Image)(nil),
 		(*GenerateBatchResponse_Done)(nil),
 		(*GenerateBatchResponse_Error)(nil),
@@ -1798,7 +2050,7 @@ func file_mooring_v1_personalization_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mooring_v1_personalization_proto_rawDesc), len(file_mooring_v1_personalization_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   18,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,7 @@ const (
 	PersonalizationService_Evaluate_FullMethodName      = "/mooring.v1.PersonalizationService/Evaluate"
 	PersonalizationService_Generate_FullMethodName      = "/mooring.v1.PersonalizationService/Generate"
 	PersonalizationService_GenerateBatch_FullMethodName = "/mooring.v1.PersonalizationService/GenerateBatch"
+	PersonalizationService_RunBatch_FullMethodName      = "/mooring.v1.PersonalizationService/RunBatch"
 )
 
 // PersonalizationServiceClient is the client API for PersonalizationService service.
@@ -46,6 +47,12 @@ type PersonalizationServiceClient interface {
 	// so that a fast caller is slowed by flow control rather than refused. The call ends when the caller has closed
 	// its side and everything was answered.
 	GenerateBatch(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[GenerateBatchRequest, GenerateBatchResponse], error)
+	// Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+	// header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+	// `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+	// `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+	// is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
+	RunBatch(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[RunBatchRequest, RunBatchResponse], error)
 }
 
 type personalizationServiceClient struct {
@@ -118,6 +125,19 @@ func (c *personalizationServiceClient) GenerateBatch(ctx context.Context, opts .
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PersonalizationService_GenerateBatchClient = grpc.BidiStreamingClient[GenerateBatchRequest, GenerateBatchResponse]
 
+func (c *personalizationServiceClient) RunBatch(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[RunBatchRequest, RunBatchResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &PersonalizationService_ServiceDesc.Streams[2], PersonalizationService_RunBatch_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RunBatchRequest, RunBatchResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PersonalizationService_RunBatchClient = grpc.ClientStreamingClient[RunBatchRequest, RunBatchResponse]
+
 // PersonalizationServiceServer is the server API for PersonalizationService service.
 // All implementations must embed UnimplementedPersonalizationServiceServer
 // for forward compatibility.
@@ -138,6 +158,12 @@ type PersonalizationServiceServer interface {
 	// so that a fast caller is slowed by flow control rather than refused. The call ends when the caller has closed
 	// its side and everything was answered.
 	GenerateBatch(grpc.BidiStreamingServer[GenerateBatchRequest, GenerateBatchResponse]) error
+	// Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+	// header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+	// `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+	// `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+	// is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
+	RunBatch(grpc.ClientStreamingServer[RunBatchRequest, RunBatchResponse]) error
 	mustEmbedUnimplementedPersonalizationServiceServer()
 }
 
@@ -162,6 +188,9 @@ func (UnimplementedPersonalizationServiceServer) Generate(*GenerateRequest, grpc
 }
 func (UnimplementedPersonalizationServiceServer) GenerateBatch(grpc.BidiStreamingServer[GenerateBatchRequest, GenerateBatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method GenerateBatch not implemented")
+}
+func (UnimplementedPersonalizationServiceServer) RunBatch(grpc.ClientStreamingServer[RunBatchRequest, RunBatchResponse]) error {
+	return status.Error(codes.Unimplemented, "method RunBatch not implemented")
 }
 func (UnimplementedPersonalizationServiceServer) mustEmbedUnimplementedPersonalizationServiceServer() {
 }
@@ -257,6 +286,13 @@ func _PersonalizationService_GenerateBatch_Handler(srv interface{}, stream grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type PersonalizationService_GenerateBatchServer = grpc.BidiStreamingServer[GenerateBatchRequest, GenerateBatchResponse]
 
+func _PersonalizationService_RunBatch_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(PersonalizationServiceServer).RunBatch(&grpc.GenericServerStream[RunBatchRequest, RunBatchResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type PersonalizationService_RunBatchServer = grpc.ClientStreamingServer[RunBatchRequest, RunBatchResponse]
+
 // PersonalizationService_ServiceDesc is the grpc.ServiceDesc for PersonalizationService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -287,6 +323,11 @@ var PersonalizationService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "GenerateBatch",
 			Handler:       _PersonalizationService_GenerateBatch_Handler,
 			ServerStreams: true,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "RunBatch",
+			Handler:       _PersonalizationService_RunBatch_Handler,
 			ClientStreams: true,
 		},
 	},

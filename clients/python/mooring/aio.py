@@ -17,11 +17,13 @@ import grpc
 import grpc.aio
 
 from mooring import _requests, errors
+from mooring._batching import AsyncBatching
 from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._publishing import AsyncPublishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
-from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded, translated
+from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded
+from mooring.errors import translated
 from mooring.types import (
     BatchEvent,
     FileAssembler,
@@ -45,7 +47,7 @@ from mooring.v1 import (
 )
 
 
-class Client(AsyncPublishing):
+class Client(AsyncPublishing, AsyncBatching):
     """A connection to a Mooring server for one event loop.
 
     Every method takes what its namesake of `mooring.Client` takes, and may raise a class of `mooring.errors`.

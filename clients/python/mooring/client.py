@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 
 from mooring import _requests, errors
+from mooring._batching import Batching
 from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._publishing import Publishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
+from mooring.errors import translated
 from mooring.types import (
     BatchDone,
     BatchError,
@@ -47,16 +48,7 @@ Response = TypeVar("Response")
 DEFAULT_TARGET = "127.0.0.1:50051"
 
 
-@contextmanager
-def translated() -> Iterator[None]:
-    """Turn what a stub raises into a typed error."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise errors.from_rpc_error(error) from error
-
-
-class Client(Publishing):
+class Client(Publishing, Batching):
     """A connection to a Mooring server; thread-safe, to be closed or used as a context manager.
 
     It speaks TLS, but for a loopback target where nothing of TLS is given.

@@ -7,7 +7,8 @@ stands, and the channel already does so (see `mooring._channel`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,3 +178,12 @@ def _build(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> Mo
     # a server that writes "message remedy" into the status line must not make us say the remedy twice
     text = message.removesuffix(remedy).strip() if remedy else message
     return _BY_CODE.get(code, InternalError)(text or message, code=code, **found)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what a stub raises into a typed error."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error

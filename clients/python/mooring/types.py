@@ -163,6 +163,27 @@ class BatchError:
 BatchEvent = BatchImage | BatchDone | BatchError
 
 
+@dataclass(frozen=True)
+class BatchRow:
+    """A row of a batch job that is done.
+
+    Args:
+        row: number of its line in the file, from 1.
+        position: the how-manyth row that was done, from 1.
+        row_count: rows of the job.
+        filename: of its image, such as "images/000012.png"; "" when the row ended with an error.
+        data: the image, PNG; empty with an error.
+        manifest: its line of the manifest; with an error it has the key "error".
+    """
+
+    row: int
+    position: int
+    row_count: int
+    filename: str
+    data: bytes
+    manifest: Mapping[str, Any]
+
+
 def is_terminal(job: job_pb2.Job) -> bool:
     """Whether a job has succeeded, failed or was cancelled."""
     return job.state in {

@@ -1,9 +1,11 @@
 """The job runner: claims jobs, runs them to their end, and hands them back when the server stops.
 
-One thread per kind of job, so that an evaluation never waits behind a long training. What happens on each
-way out: done → SUCCEEDED; a typed error, out of memory or a fault → FAILED with reason, message and remedy;
-cancelled → CANCELLED; the server stops → back to PENDING, to be resumed from the checkpoint; the process
-dies → the lease expires, and the next claim, here or on another replica, resumes from the checkpoint.
+One thread per kind of job, so that an evaluation never waits behind a long training, and several for
+batches: a short one does not wait for a long one, and the engine shares its time among their tenants. What
+happens on each way out: done → SUCCEEDED; a typed error, out of memory or a fault → FAILED with reason,
+message and remedy; cancelled → CANCELLED; the server stops → back to PENDING, to be resumed from the
+checkpoint; the process dies → the lease expires, and the next claim, here or on another replica, resumes
+from the checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,6 +27,7 @@ from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.evaluation.config import NEW_SCENES
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PromptSets
+from mooring_server.jobs.batch_job import BatchJob, Drawer, Loader
 from mooring_server.jobs.evaluate_job import EvaluateJob
 from mooring_server.jobs.session import JobSession, SessionObserver, Stop, StoppedError, Submitter, Timing
 from mooring_server.jobs.train_job import TrainJob
@@ -35,6 +38,7 @@ from mooring_server.storage.store import Store
 
 log = logging.getLogger(__name__)
 
+BATCHES_AT_A_TIME = 4
 _BUSY = {Reason.QUEUE_FULL, Reason.DRAINING, Reason.STORAGE_UNAVAILABLE}
 
 
@@ -88,6 +92,8 @@ class JobRunner:
         judges: None where none are configured: evaluations then fail with JUDGES_NOT_AVAILABLE.
         settings: paces and prompts.
         observer: receives numbers.
+        drawer: draws the rows of batches; the engine again.
+        adapters: loads what they use. Without both, batches are left to other runners.
     """
 
     def __init__(
@@ -101,15 +107,19 @@ class JobRunner:
         settings: RunnerSettings | None = None,
         *,
         observer: RunnerObserver | None = None,
+        drawer: Drawer | None = None,
+        adapters: Loader | None = None,
     ) -> None:
         self._store, self._objects, self._engine = store, objects, engine
         self._settings = settings = settings or RunnerSettings()
         self._observer = observer
         self._timing = Timing(settings.lease_seconds, settings.poll_seconds, settings.progress_seconds)
-        self._works: Mapping[str, JobWork] = {
+        self._works: dict[str, JobWork] = {
             "train": TrainJob(base, bank, settings.prompts.steering),
             "evaluate": EvaluateJob(base, bank, judges, settings.prompts),
         }
+        if drawer is not None and adapters is not None:
+            self._works["batch"] = BatchJob(base, drawer, adapters)
         self._wakes = {kind: threading.Event() for kind in self._works}
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -123,6 +133,7 @@ class JobRunner:
         self._threads = [
             threading.Thread(target=self._claim, args=[kind], name=f"jobs-{kind}", daemon=True)
             for kind in self._works
+            for _ in range(BATCHES_AT_A_TIME if kind == "batch" else 1)
         ]
         for thread in self._threads:
             thread.start()

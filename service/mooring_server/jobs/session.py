@@ -208,10 +208,10 @@ class JobSession:
             while not handle.done():
                 self._news.wait(self._timing.poll)
                 self._news.clear()
-                self._write_notes()
+                self.write_notes()
                 if self._drain_by is not None and time.monotonic() >= self._drain_by:
                     self.stop(Stop.DRAINING)
-            self._write_notes(final=True)
+            self.write_notes(final=True)
             return self._result_of(handle)
         finally:
             with self._lock:
@@ -234,6 +234,37 @@ class JobSession:
                 raise
             log.warning("job %s: its checkpoint is damaged, starting anew", self.job.job_id)
         return None
+
+    def check(self) -> None:
+        """Raise StoppedError once the job is to stop; for work that does not go through `drive`."""
+        if self._drain_by is not None and time.monotonic() >= self._drain_by:
+            self.stop(Stop.DRAINING)
+        if self._stop is not None:
+            raise StoppedError(self._stop)
+
+    def write_notes(self, *, final: bool = False) -> None:
+        """Write down what was reported, as far as it is due; `drive` does so by itself.
+
+        Args:
+            final: whether it is due in any case.
+        """
+        with self._lock:
+            checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None and self._stop not in {Stop.CANCELLED, Stop.LEASE_LOST}:
+            self._write_checkpoint(checkpoint)
+        with self._lock:
+            progress, previews = self._progress, self._previews
+            due = time.monotonic() - self._written >= self._timing.progress
+            new_phase = progress is not None and progress.get("phase") != self._phase_written
+            if progress is None or not (final or due or previews or new_phase):
+                return
+            self._progress, self._previews = None, []
+        self._written, self._phase_written = time.monotonic(), str(progress.get("phase"))
+        pictures = [self._put_preview(step, index, pixels) for step, index, pixels in previews]
+        payload = finite(progress) | {"previews": pictures}
+        self._while_leased(
+            lambda: self.store.append_event(*self._claim, kind="progress", payload=payload), "progress"
+        )
 
     def put_artifact(self, filename: str, media_type: str, data: bytes) -> Document:
         """Store a file of the job; returns its description for the job's result."""
@@ -333,25 +364,6 @@ class JobSession:
         if self._stop in {Stop.CANCELLED, Stop.LEASE_LOST}:
             raise StoppedError(self._stop)
         return result
-
-    def _write_notes(self, *, final: bool = False) -> None:
-        with self._lock:
-            checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is not None and self._stop not in {Stop.CANCELLED, Stop.LEASE_LOST}:
-            self._write_checkpoint(checkpoint)
-        with self._lock:
-            progress, previews = self._progress, self._previews
-            due = time.monotonic() - self._written >= self._timing.progress
-            new_phase = progress is not None and progress.get("phase") != self._phase_written
-            if progress is None or not (final or due or previews or new_phase):
-                return
-            self._progress, self._previews = None, []
-        self._written, self._phase_written = time.monotonic(), str(progress.get("phase"))
-        pictures = [self._put_preview(step, index, pixels) for step, index, pixels in previews]
-        payload = finite(progress) | {"previews": pictures}
-        self._while_leased(
-            lambda: self.store.append_event(*self._claim, kind="progress", payload=payload), "progress"
-        )
 
     def _write_checkpoint(self, data: bytes) -> None:
         # Under a key of this claim's own: a runner that lost the lease cannot touch its successor's.

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.rpc import status_pb2
-from mooring.v1 import adapter_pb2, evaluation_pb2, job_pb2, media_pb2, subject_pb2, training_pb2
+from mooring.v1 import (
+    adapter_pb2,
+    batch_pb2,
+    evaluation_pb2,
+    job_pb2,
+    media_pb2,
+    subject_pb2,
+    training_pb2,
+)
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import convert_gate, names, status
@@ -14,6 +23,7 @@ from mooring_server.rpc.times import timestamp
 from mooring_server.storage.models import (
     Adapter,
     Document,
+    DoneRow,
     GateDecision,
     Job,
     JobEvent,
@@ -26,6 +36,7 @@ from mooring_server.training.config import TrainConfig
 KINDS: Mapping[str, job_pb2.JobKind.ValueType] = {
     "train": job_pb2.JOB_KIND_TRAIN,
     "evaluate": job_pb2.JOB_KIND_EVALUATE,
+    "batch": job_pb2.JOB_KIND_BATCH,
 }
 _PROMPT_KINDS: Mapping[str, evaluation_pb2.PromptKind.ValueType] = {
     "subject": evaluation_pb2.PROMPT_KIND_SUBJECT,
@@ -243,11 +254,30 @@ def job(record: Job) -> job_pb2.Job:
                 config=evaluation_config(spec["config"]),
             )
         )
+    elif record.kind == "batch":
+        made.batch.CopyFrom(
+            batch_pb2.BatchSpec(
+                filename=spec["filename"],
+                sha256=spec["sha256"],
+                size_bytes=spec["size_bytes"],
+                row_count=spec["rows"],
+                adapter_count=spec["adapters"],
+                base_digest=spec["base_digest"],
+            )
+        )
     if record.progress is not None:
         made.progress.CopyFrom(progress(record.progress))
     if record.result is not None:
         if record.kind == "train":
             made.adapter = names.adapter(record.tenant, record.result["adapter"])
+        if record.kind == "batch":
+            made.batch_result.CopyFrom(
+                batch_pb2.BatchResult(
+                    image_count=record.result["images"],
+                    failed_count=record.result["failed"],
+                    manifest_digest=record.result["manifest_digest"],
+                )
+            )
         made.artifacts.extend(artifact(item) for item in record.result.get("artifacts", ()))
     error = job_error(record)
     if error is not None:
@@ -259,7 +289,7 @@ def job_at(record: Job, event: JobEvent) -> job_pb2.Job:
     """The job as it was when a "state" event happened, as far as later changes do not show."""
     made = job(record)
     if event.payload["state"] != record.state:
-        for name in ("progress", "error", "end_time", "artifacts"):
+        for name in ("progress", "error", "end_time", "artifacts", "batch_result"):
             made.ClearField(name)
         made.adapter = ""
         made.cancel_requested = False
@@ -307,6 +337,7 @@ def progress(document: Document, previews: Callable[[str], bytes] | None = None)
         phase=str(document.get("phase", "")),
         step=int(document.get("step", 0)),
         steps=int(document.get("steps", 0)),
+        failed_rows=int(document.get("failed_rows", 0)),
     )
     left = document.get("seconds_left")
     if left is not None:
@@ -337,6 +368,19 @@ def progress(document: Document, previews: Callable[[str], bytes] | None = None)
             )
         )
     return made
+
+
+def batch_row(done: DoneRow, row_count: int, image: bytes) -> batch_pb2.BatchRow:
+    """A done row of a batch job."""
+    return batch_pb2.BatchRow(
+        row=done.row,
+        position=done.position,
+        row_count=row_count,
+        filename=done.record.get("file", ""),
+        size_bytes=len(image),
+        sha256=done.record.get("sha256", ""),
+        manifest_line=json.dumps(done.record, ensure_ascii=False),
+    )
 
 
 def artifact(document: Document) -> job_pb2.Artifact:

@@ -12,11 +12,12 @@ from mooring.v1 import job_pb2 as pb
 from mooring.v1 import job_pb2_grpc
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.jobs.batch_rows import image_key, row_of
 from mooring_server.rpc import caller, convert, names, transfer
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Provide, Runtime, require_no_drain
 from mooring_server.rpc.times import timestamp
-from mooring_server.storage.models import Document, Job, JobEvent, JobState
+from mooring_server.storage.models import Document, DoneRow, Job, JobEvent, JobState
 
 WATCH_POLL_SECONDS = 1.0
 """How often a watcher looks for changes that another process made; our own wake it at once."""
@@ -123,8 +124,9 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         """See the contract."""
         del context
         job = await self._job(request.name)
-        artifacts = {item["filename"]: item for item in _result(job).get("artifacts", ())}
-        found = artifacts.get(request.filename)
+        image = await asyncio.to_thread(_batch_image, self._runtime(), job, request.filename)
+        artifacts = {} if image else {item["filename"]: item for item in _result(job).get("artifacts", ())}
+        found = image or artifacts.get(request.filename)
         if found is None:
             some = ", ".join(list(artifacts)[:5]) or "none"
             raise MooringError(
@@ -138,6 +140,45 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
         )
         for chunk in transfer.chunks(data):
             yield pb.DownloadArtifactResponse(chunk=chunk)
+
+    async def DownloadBatch(
+        self, request: pb.DownloadBatchRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadBatchResponse]:
+        """See the contract."""
+        del context
+        runtime = self._runtime()
+        if request.after_position < 0:
+            raise _invalid("after_position", f"must not be negative, not {request.after_position}")
+        job, position = await self._job(request.name), request.after_position
+        if job.kind != "batch":
+            raise MooringError(
+                Reason.JOB_HAS_NO_RESULT,
+                f"Job {job.job_id!r} is a {job.kind} job: it has no rows.",
+                remedy="Name a job that RunBatch made.",
+            )
+        where = names.Resolved(job.tenant, job.job_id)
+        with _news_of(runtime, where) as news:
+            while True:
+                # The job is read before its rows: one that has ended by then gets no row after these.
+                job = await asyncio.to_thread(runtime.store.get_job, where.tenant, where.id)
+                rows = await asyncio.to_thread(
+                    partial(runtime.store.batch_rows, after=position, limit=_EVENTS_AT_A_TIME),
+                    where.tenant,
+                    where.id,
+                )
+                for row in rows:
+                    data = await asyncio.to_thread(_row_image, runtime, job, row)
+                    yield pb.DownloadBatchResponse(row=convert.batch_row(row, job.spec["rows"], data))
+                    for chunk in transfer.chunks(data):
+                        yield pb.DownloadBatchResponse(chunk=chunk)
+                    position = row.position
+                if rows:
+                    continue
+                if job.state.final:
+                    return
+                require_no_drain(runtime.gate)
+                await _either(news, runtime.gate.draining, WATCH_POLL_SECONDS)
+                news.clear()
 
     async def _job(self, name: str) -> Job:
         where = names.resolve_job(caller.tenant(), name, anywhere=caller.anywhere())
@@ -164,6 +205,22 @@ def _result(job: Job) -> Document:
             remedy="Watch it until it has succeeded." if not job.state.final else "Start a new job.",
         )
     return job.result
+
+
+def _batch_image(runtime: Runtime, job: Job, filename: str) -> Document | None:
+    """An image of a batch job in the form of an artifact; None for any other file."""
+    row = row_of(filename) if job.kind == "batch" else None
+    done = None if row is None else runtime.store.batch_row(job.tenant, job.job_id, row)
+    if done is None or "sha256" not in done.record:
+        return None
+    key = image_key(job.job_id, done.row, done.record["sha256"])
+    return {"filename": filename, "media_type": "image/png", "object_key": key}
+
+
+def _row_image(runtime: Runtime, job: Job, row: DoneRow) -> bytes:
+    """The bytes of a done row's image; none for a row with an error."""
+    sha256 = row.record.get("sha256")
+    return runtime.objects.get(image_key(job.job_id, row.row, sha256)) if sha256 else b""
 
 
 def _stored_json(runtime: Runtime, key: str) -> Document:

@@ -62,6 +62,7 @@ RULES: Mapping[str, Rule] = {
     "mooring.v1.PersonalizationService/Evaluate": _CREATE,
     "mooring.v1.PersonalizationService/Generate": Rule(Permission.GENERATE),
     "mooring.v1.PersonalizationService/GenerateBatch": Rule(Permission.GENERATE),
+    "mooring.v1.PersonalizationService/RunBatch": Rule(Permission.GENERATE),
     "mooring.v1.SubjectService/CreateSubject": _CREATE,
     "mooring.v1.SubjectService/GetSubject": _READ,
     "mooring.v1.SubjectService/ListSubjects": _READ,
@@ -86,6 +87,7 @@ RULES: Mapping[str, Rule] = {
     "mooring.v1.JobService/WatchJob": _READ,  # shows previews, which are the customer's
     "mooring.v1.JobService/GetEvaluation": _READ,
     "mooring.v1.JobService/DownloadArtifact": _READ,
+    "mooring.v1.JobService/DownloadBatch": _READ,
     "grpc.health.v1.Health/Check": Rule(Permission.OPEN),
     "grpc.health.v1.Health/List": Rule(Permission.OPEN),
     "grpc.health.v1.Health/Watch": Rule(Permission.OPEN),

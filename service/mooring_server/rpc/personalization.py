@@ -18,7 +18,7 @@ from mooring_server.engine.tiers.host import require_base
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.jobs.photos import MAX_PHOTO_BYTES
-from mooring_server.rpc import caller, convert, facts, generation, images, names, quotas, status
+from mooring_server.rpc import batches, caller, convert, facts, generation, images, names, quotas, status
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, find_adapter, require_no_drain
@@ -136,6 +136,14 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
             raise _first(group, MooringError) from None
         except* Exception as group:
             raise _first(group, Exception) from group
+
+    async def RunBatch(
+        self, request_iterator: AsyncIterator[pb.RunBatchRequest], context: Context
+    ) -> pb.RunBatchResponse:
+        """See the contract."""
+        del context
+        job = await batches.receive(self._runtime(), caller.tenant(), request_iterator)
+        return pb.RunBatchResponse(job=convert.job(job))
 
 
 async def _batch_results(
@@ -375,6 +383,8 @@ def _server_info(runtime: Runtime, tenant: str) -> pb.GetServerInfoResponse:
             max_photos=MAX_PHOTOS,
             max_photo_bytes=min(MAX_PHOTO_BYTES, settings.max_photo_bytes),
             max_batch_in_flight=settings.max_batch_in_flight,
+            max_batch_rows=settings.max_batch_rows,
+            max_batch_bytes=settings.max_batch_bytes,
         ),
         methods=[training_pb2.TrainingMethod.Value(f"TRAINING_METHOD_{m.upper()}") for m in Method],
         presets=[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from mooring.v1 import media_pb2
 
@@ -45,18 +45,27 @@ class IncomingFile:
         header: as announced.
         index: position in the stream, for messages.
         max_bytes: larger files are read to their end and dropped, so that others' errors are found too.
+        too_large: makes the error of such a file from its size and the limit.
 
     Raises:
         MooringError: INVALID_FIELD for a header that announces nothing usable.
     """
 
-    def __init__(self, header: media_pb2.FileHeader, index: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        header: media_pb2.FileHeader,
+        index: int,
+        max_bytes: int,
+        *,
+        too_large: Callable[[int, int], MooringError] | None = None,
+    ) -> None:
         self.index = index
         self.header = header
         self._data = bytearray()
         self._received = 0
         self._keep = header.size_bytes <= max_bytes
         self._max_bytes = max_bytes
+        self._too_large = too_large or self._photo_too_large
         problems = [
             FieldViolation(f"files[{index}].{field}", text)
             for field, text, wrong in (
@@ -89,15 +98,12 @@ class IncomingFile:
         """The file.
 
         Raises:
-            MooringError: IMAGE_TOO_LARGE, or DIGEST_MISMATCH when it is not what was announced.
+            MooringError: IMAGE_TOO_LARGE (or what `too_large` makes), DIGEST_MISMATCH when it is not what
+                was announced.
         """
         name = self.header.filename
         if not self._keep:
-            raise MooringError(
-                Reason.IMAGE_TOO_LARGE,
-                f"{name!r} has {self.header.size_bytes} bytes; at most {self._max_bytes} are taken.",
-                remedy="Save it smaller, for example as a JPEG of 2,000 px.",
-            )
+            raise self._too_large(self.header.size_bytes, self._max_bytes)
         if self._received != self.header.size_bytes:
             raise MooringError(
                 Reason.DIGEST_MISMATCH,
@@ -112,3 +118,10 @@ class IncomingFile:
                 remedy="The file changed on the way, or the digest is of another file: upload it again.",
             )
         return data
+
+    def _photo_too_large(self, size: int, limit: int) -> MooringError:
+        return MooringError(
+            Reason.IMAGE_TOO_LARGE,
+            f"{self.header.filename!r} has {size} bytes; at most {limit} are taken.",
+            remedy="Save it smaller, for example as a JPEG of 2,000 px.",
+        )

@@ -39,19 +39,22 @@ class Jobs(Usage):
 
     # -- for callers ---------------------------------------------------------------------------------------
 
-    def create_job(self, tenant: str, kind: str, spec: Document, *, request_id: str = "") -> Job:
+    def create_job(
+        self, tenant: str, kind: str, spec: Document, *, request_id: str = "", job_id: str = ""
+    ) -> Job:
         """Queue a job.
 
         Args:
             tenant: whose it is.
-            kind: "train" or "evaluate".
+            kind: "train", "evaluate" or "batch".
             spec: everything the runner needs; immutable from here on.
             request_id: makes the call idempotent: the same request gives the job it made before.
+            job_id: of `new_id`, where objects that the job needs were stored under it already.
 
         Raises:
             MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
         """
-        job_id = new_id()
+        job_id = job_id or new_id()
         with self.writing() as connection:
             made_before = self.replayed(
                 connection, tenant, f"CreateJob/{kind}", request_id, payload=spec, resource=job_id

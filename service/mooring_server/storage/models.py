@@ -144,6 +144,21 @@ class JobEvent:
 
 
 @dataclass(frozen=True)
+class DoneRow:
+    """A row of a batch job that is done.
+
+    Attributes:
+        row: its number, that of its line in the file, from 1.
+        position: the how-manyth row of the job that was done, from 1 without gaps.
+        record: its line of the manifest.
+    """
+
+    row: int
+    position: int
+    record: Document
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One immutable version of an adapter."""
 

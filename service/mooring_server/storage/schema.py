@@ -180,6 +180,19 @@ job_events = Table(
     ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.job_id"], ondelete="CASCADE"),
 )
 
+batch_rows = Table(
+    "batch_rows",
+    metadata,
+    Column("tenant", _ID, primary_key=True),
+    Column("job_id", _ID, primary_key=True),
+    Column("row", Integer, primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("record", JSON, nullable=False),
+    ForeignKeyConstraint(["tenant", "job_id"], ["jobs.tenant", "jobs.job_id"], ondelete="CASCADE"),
+    UniqueConstraint("tenant", "job_id", "position"),
+    comment="Rows of a batch that are done; position counts them in the order in which they were.",
+)
+
 adapter_heads = Table(
     "adapter_heads",
     metadata,

@@ -27,12 +27,13 @@ from google.api import resource_pb2 as google_dot_api_dot_resource__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
+from mooring.v1 import batch_pb2 as mooring_dot_v1_dot_batch__pb2
 from mooring.v1 import evaluation_pb2 as mooring_dot_v1_dot_evaluation__pb2
 from mooring.v1 import media_pb2 as mooring_dot_v1_dot_media__pb2
 from mooring.v1 import training_pb2 as mooring_dot_v1_dot_training__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mooring/v1/job.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1bmooring/v1/evaluation.proto\x1a\x16mooring/v1/media.proto\x1a\x19mooring/v1/training.proto\"\x8e\x05\n\x03Job\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x13.mooring.v1.JobKindB\x04\xe2\x41\x01\x03\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x14.mooring.v1.JobStateB\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63\x61ncel_requested\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12,\n\x05train\x18\x05 \x01(\x0b\x32\x15.mooring.v1.TrainSpecB\x04\xe2\x41\x01\x03H\x00\x12\x32\n\x08\x65valuate\x18\x06 \x01(\x0b\x32\x18.mooring.v1.EvaluateSpecB\x04\xe2\x41\x01\x03H\x00\x12/\n\x08progress\x18\x07 \x01(\x0b\x32\x17.mooring.v1.JobProgressB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12-\n\x07\x61\x64\x61pter\x18\t \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Adapter\x12-\n\tartifacts\x18\n \x03(\x0b\x32\x14.mooring.v1.ArtifactB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x34\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03:<\xea\x41\x39\n\x0fmooring.dev/Job\x12\x1btenants/{tenant}/jobs/{job}*\x04jobs2\x03jobB\x06\n\x04spec\"\xe6\x01\n\x0bJobProgress\x12\x13\n\x05phase\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04step\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05steps\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x32\n\ttime_left\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x33\n\x08training\x18\x05 \x01(\x0b\x32\x1b.mooring.v1.TrainingFiguresB\x04\xe2\x41\x01\x03\x12\x30\n\x08previews\x18\x06 \x03(\x0b\x32\x18.mooring.v1.PreviewImageB\x04\xe2\x41\x01\x03\"\xd1\x01\n\x0fTrainingFigures\x12\x12\n\x04loss\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x18\n\x05\x64rift\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x01\x88\x01\x01\x12\x1f\n\x0c\x64rift_budget\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x02\x88\x01\x01\x12\x1b\n\x08strength\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x03\x88\x01\x01\x42\x0c\n\n_sigma_maxB\x08\n\x06_driftB\x0f\n\r_drift_budgetB\x0b\n\t_strength\"l\n\x08\x41rtifact\x12\x16\n\x08\x66ilename\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nmedia_type\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06sha256\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\"7\n\rGetJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.mooring.v1.Job\"\xc2\x01\n\x0fListJobsRequest\x12(\n\x06parent\x18\x01 \x01(\tB\x18\xe2\x41\x01\x01\xfa\x41\x11\x12\x0fmooring.dev/Job\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x13.mooring.v1.JobKindB\x04\xe2\x41\x01\x01\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x14.mooring.v1.JobStateB\x04\xe2\x41\x01\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.mooring.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\":\n\x10\x43\x61ncelJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\"1\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.mooring.v1.Job\"W\n\x0fWatchJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x1c\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x01\"\xb6\x01\n\x10WatchJobResponse\x12\x16\n\x08sequence\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x34\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12+\n\x08progress\x18\x03 \x01(\x0b\x32\x17.mooring.v1.JobProgressH\x00\x12\x1e\n\x03job\x18\x04 \x01(\x0b\x32\x0f.mooring.v1.JobH\x00\x42\x07\n\x05\x65vent\">\n\x14GetEvaluationRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\"C\n\x15GetEvaluationResponse\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.mooring.v1.Evaluation\"Y\n\x17\x44ownloadArtifactRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x16\n\x08\x66ilename\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"^\n\x18\x44ownloadArtifactResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent*N\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eJOB_KIND_TRAIN\x10\x01\x12\x15\n\x11JOB_KIND_EVALUATE\x10\x02*\x9b\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xde\x03\n\nJobService\x12?\n\x06GetJob\x12\x19.mooring.v1.GetJobRequest\x1a\x1a.mooring.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.mooring.v1.ListJobsRequest\x1a\x1c.mooring.v1.ListJobsResponse\x12H\n\tCancelJob\x12\x1c.mooring.v1.CancelJobRequest\x1a\x1d.mooring.v1.CancelJobResponse\x12G\n\x08WatchJob\x12\x1b.mooring.v1.WatchJobRequest\x1a\x1c.mooring.v1.WatchJobResponse0\x01\x12T\n\rGetEvaluation\x12 .mooring.v1.GetEvaluationRequest\x1a!.mooring.v1.GetEvaluationResponse\x12_\n\x10\x44ownloadArtifact\x12#.mooring.v1.DownloadArtifactRequest\x1a$.mooring.v1.DownloadArtifactResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14mooring/v1/job.proto\x12\nmooring.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16mooring/v1/batch.proto\x1a\x1bmooring/v1/evaluation.proto\x1a\x16mooring/v1/media.proto\x1a\x19mooring/v1/training.proto\"\xf1\x05\n\x03Job\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x13.mooring.v1.JobKindB\x04\xe2\x41\x01\x03\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x14.mooring.v1.JobStateB\x04\xe2\x41\x01\x03\x12\x1e\n\x10\x63\x61ncel_requested\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x03\x12,\n\x05train\x18\x05 \x01(\x0b\x32\x15.mooring.v1.TrainSpecB\x04\xe2\x41\x01\x03H\x00\x12\x32\n\x08\x65valuate\x18\x06 \x01(\x0b\x32\x18.mooring.v1.EvaluateSpecB\x04\xe2\x41\x01\x03H\x00\x12,\n\x05\x62\x61tch\x18\x0e \x01(\x0b\x32\x15.mooring.v1.BatchSpecB\x04\xe2\x41\x01\x03H\x00\x12/\n\x08progress\x18\x07 \x01(\x0b\x32\x17.mooring.v1.JobProgressB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12-\n\x07\x61\x64\x61pter\x18\t \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13mooring.dev/Adapter\x12-\n\tartifacts\x18\n \x03(\x0b\x32\x14.mooring.v1.ArtifactB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x34\n\nstart_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x33\n\x0c\x62\x61tch_result\x18\x0f \x01(\x0b\x32\x17.mooring.v1.BatchResultB\x04\xe2\x41\x01\x03:<\xea\x41\x39\n\x0fmooring.dev/Job\x12\x1btenants/{tenant}/jobs/{job}*\x04jobs2\x03jobB\x06\n\x04spec\"\x81\x02\n\x0bJobProgress\x12\x13\n\x05phase\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x12\n\x04step\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x13\n\x05steps\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x32\n\ttime_left\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x03\x12\x33\n\x08training\x18\x05 \x01(\x0b\x32\x1b.mooring.v1.TrainingFiguresB\x04\xe2\x41\x01\x03\x12\x30\n\x08previews\x18\x06 \x03(\x0b\x32\x18.mooring.v1.PreviewImageB\x04\xe2\x41\x01\x03\x12\x19\n\x0b\x66\x61iled_rows\x18\x07 \x01(\x05\x42\x04\xe2\x41\x01\x03\"\xd1\x01\n\x0fTrainingFigures\x12\x12\n\x04loss\x18\x01 \x01(\x01\x42\x04\xe2\x41\x01\x03\x12\x1c\n\tsigma_max\x18\x02 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x00\x88\x01\x01\x12\x18\n\x05\x64rift\x18\x03 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x01\x88\x01\x01\x12\x1f\n\x0c\x64rift_budget\x18\x04 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x02\x88\x01\x01\x12\x1b\n\x08strength\x18\x05 \x01(\x01\x42\x04\xe2\x41\x01\x03H\x03\x88\x01\x01\x42\x0c\n\n_sigma_maxB\x08\n\x06_driftB\x0f\n\r_drift_budgetB\x0b\n\t_strength\"l\n\x08\x41rtifact\x12\x16\n\x08\x66ilename\x18\x01 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nmedia_type\x18\x02 \x01(\tB\x04\xe2\x41\x01\x03\x12\x18\n\nsize_bytes\x18\x03 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x14\n\x06sha256\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\"7\n\rGetJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\".\n\x0eGetJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.mooring.v1.Job\"\xc2\x01\n\x0fListJobsRequest\x12(\n\x06parent\x18\x01 \x01(\tB\x18\xe2\x41\x01\x01\xfa\x41\x11\x12\x0fmooring.dev/Job\x12\x17\n\tpage_size\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\'\n\x04kind\x18\x04 \x01(\x0e\x32\x13.mooring.v1.JobKindB\x04\xe2\x41\x01\x01\x12)\n\x05state\x18\x05 \x01(\x0e\x32\x14.mooring.v1.JobStateB\x04\xe2\x41\x01\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.mooring.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\":\n\x10\x43\x61ncelJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\"1\n\x11\x43\x61ncelJobResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.mooring.v1.Job\"W\n\x0fWatchJobRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x1c\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x01\"\xb6\x01\n\x10WatchJobResponse\x12\x16\n\x08sequence\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x03\x12\x34\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12+\n\x08progress\x18\x03 \x01(\x0b\x32\x17.mooring.v1.JobProgressH\x00\x12\x1e\n\x03job\x18\x04 \x01(\x0b\x32\x0f.mooring.v1.JobH\x00\x42\x07\n\x05\x65vent\">\n\x14GetEvaluationRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\"C\n\x15GetEvaluationResponse\x12*\n\nevaluation\x18\x01 \x01(\x0b\x32\x16.mooring.v1.Evaluation\"Y\n\x17\x44ownloadArtifactRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x16\n\x08\x66ilename\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"^\n\x18\x44ownloadArtifactResponse\x12&\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x16.mooring.v1.FileHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"\\\n\x14\x44ownloadBatchRequest\x12&\n\x04name\x18\x01 \x01(\tB\x18\xe2\x41\x01\x02\xfa\x41\x11\n\x0fmooring.dev/Job\x12\x1c\n\x0e\x61\x66ter_position\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\"X\n\x15\x44ownloadBatchResponse\x12#\n\x03row\x18\x01 \x01(\x0b\x32\x14.mooring.v1.BatchRowH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent*b\n\x07JobKind\x12\x18\n\x14JOB_KIND_UNSPECIFIED\x10\x00\x12\x12\n\x0eJOB_KIND_TRAIN\x10\x01\x12\x15\n\x11JOB_KIND_EVALUATE\x10\x02\x12\x12\n\x0eJOB_KIND_BATCH\x10\x03*\x9b\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xb6\x04\n\nJobService\x12?\n\x06GetJob\x12\x19.mooring.v1.GetJobRequest\x1a\x1a.mooring.v1.GetJobResponse\x12\x45\n\x08ListJobs\x12\x1b.mooring.v1.ListJobsRequest\x1a\x1c.mooring.v1.ListJobsResponse\x12H\n\tCancelJob\x12\x1c.mooring.v1.CancelJobRequest\x1a\x1d.mooring.v1.CancelJobResponse\x12G\n\x08WatchJob\x12\x1b.mooring.v1.WatchJobRequest\x1a\x1c.mooring.v1.WatchJobResponse0\x01\x12T\n\rGetEvaluation\x12 .mooring.v1.GetEvaluationRequest\x1a!.mooring.v1.GetEvaluationResponse\x12_\n\x10\x44ownloadArtifact\x12#.mooring.v1.DownloadArtifactRequest\x1a$.mooring.v1.DownloadArtifactResponse0\x01\x12V\n\rDownloadBatch\x12 .mooring.v1.DownloadBatchRequest\x1a!.mooring.v1.DownloadBatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,6 +52,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOB'].fields_by_name['train']._serialized_options = b'\342A\001\003'
   _globals['_JOB'].fields_by_name['evaluate']._loaded_options = None
   _globals['_JOB'].fields_by_name['evaluate']._serialized_options = b'\342A\001\003'
+  _globals['_JOB'].fields_by_name['batch']._loaded_options = None
+  _globals['_JOB'].fields_by_name['batch']._serialized_options = b'\342A\001\003'
   _globals['_JOB'].fields_by_name['progress']._loaded_options = None
   _globals['_JOB'].fields_by_name['progress']._serialized_options = b'\342A\001\003'
   _globals['_JOB'].fields_by_name['error']._loaded_options = None
@@ -65,6 +68,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOB'].fields_by_name['start_time']._serialized_options = b'\342A\001\003'
   _globals['_JOB'].fields_by_name['end_time']._loaded_options = None
   _globals['_JOB'].fields_by_name['end_time']._serialized_options = b'\342A\001\003'
+  _globals['_JOB'].fields_by_name['batch_result']._loaded_options = None
+  _globals['_JOB'].fields_by_name['batch_result']._serialized_options = b'\342A\001\003'
   _globals['_JOB']._loaded_options = None
   _globals['_JOB']._serialized_options = b'\352A9\n\017mooring.dev/Job\022\033tenants/{tenant}/jobs/{job}*\004jobs2\003job'
   _globals['_JOBPROGRESS'].fields_by_name['phase']._loaded_options = None
@@ -79,6 +84,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBPROGRESS'].fields_by_name['training']._serialized_options = b'\342A\001\003'
   _globals['_JOBPROGRESS'].fields_by_name['previews']._loaded_options = None
   _globals['_JOBPROGRESS'].fields_by_name['previews']._serialized_options = b'\342A\001\003'
+  _globals['_JOBPROGRESS'].fields_by_name['failed_rows']._loaded_options = None
+  _globals['_JOBPROGRESS'].fields_by_name['failed_rows']._serialized_options = b'\342A\001\003'
   _globals['_TRAININGFIGURES'].fields_by_name['loss']._loaded_options = None
   _globals['_TRAININGFIGURES'].fields_by_name['loss']._serialized_options = b'\342A\001\003'
   _globals['_TRAININGFIGURES'].fields_by_name['sigma_max']._loaded_options = None
@@ -125,42 +132,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\021\n\017mooring.dev/Job'
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['filename']._loaded_options = None
   _globals['_DOWNLOADARTIFACTREQUEST'].fields_by_name['filename']._serialized_options = b'\342A\001\002'
-  _globals['_JOBKIND']._serialized_start=2561
-  _globals['_JOBKIND']._serialized_end=2639
-  _globals['_JOBSTATE']._serialized_start=2642
-  _globals['_JOBSTATE']._serialized_end=2797
-  _globals['_JOB']._serialized_start=267
-  _globals['_JOB']._serialized_end=921
-  _globals['_JOBPROGRESS']._serialized_start=924
-  _globals['_JOBPROGRESS']._serialized_end=1154
-  _globals['_TRAININGFIGURES']._serialized_start=1157
-  _globals['_TRAININGFIGURES']._serialized_end=1366
-  _globals['_ARTIFACT']._serialized_start=1368
-  _globals['_ARTIFACT']._serialized_end=1476
-  _globals['_GETJOBREQUEST']._serialized_start=1478
-  _globals['_GETJOBREQUEST']._serialized_end=1533
-  _globals['_GETJOBRESPONSE']._serialized_start=1535
-  _globals['_GETJOBRESPONSE']._serialized_end=1581
-  _globals['_LISTJOBSREQUEST']._serialized_start=1584
-  _globals['_LISTJOBSREQUEST']._serialized_end=1778
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1780
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1854
-  _globals['_CANCELJOBREQUEST']._serialized_start=1856
-  _globals['_CANCELJOBREQUEST']._serialized_end=1914
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1916
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1965
-  _globals['_WATCHJOBREQUEST']._serialized_start=1967
-  _globals['_WATCHJOBREQUEST']._serialized_end=2054
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2057
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2239
-  _globals['_GETEVALUATIONREQUEST']._serialized_start=2241
-  _globals['_GETEVALUATIONREQUEST']._serialized_end=2303
-  _globals['_GETEVALUATIONRESPONSE']._serialized_start=2305
-  _globals['_GETEVALUATIONRESPONSE']._serialized_end=2372
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=2374
-  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=2463
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=2465
-  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=2559
-  _globals['_JOBSERVICE']._serialized_start=2800
-  _globals['_JOBSERVICE']._serialized_end=3278
+  _globals['_DOWNLOADBATCHREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DOWNLOADBATCHREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\021\n\017mooring.dev/Job'
+  _globals['_DOWNLOADBATCHREQUEST'].fields_by_name['after_position']._loaded_options = None
+  _globals['_DOWNLOADBATCHREQUEST'].fields_by_name['after_position']._serialized_options = b'\342A\001\001'
+  _globals['_JOBKIND']._serialized_start=2895
+  _globals['_JOBKIND']._serialized_end=2993
+  _globals['_JOBSTATE']._serialized_start=2996
+  _globals['_JOBSTATE']._serialized_end=3151
+  _globals['_JOB']._serialized_start=291
+  _globals['_JOB']._serialized_end=1044
+  _globals['_JOBPROGRESS']._serialized_start=1047
+  _globals['_JOBPROGRESS']._serialized_end=1304
+  _globals['_TRAININGFIGURES']._serialized_start=1307
+  _globals['_TRAININGFIGURES']._serialized_end=1516
+  _globals['_ARTIFACT']._serialized_start=1518
+  _globals['_ARTIFACT']._serialized_end=1626
+  _globals['_GETJOBREQUEST']._serialized_start=1628
+  _globals['_GETJOBREQUEST']._serialized_end=1683
+  _globals['_GETJOBRESPONSE']._serialized_start=1685
+  _globals['_GETJOBRESPONSE']._serialized_end=1731
+  _globals['_LISTJOBSREQUEST']._serialized_start=1734
+  _globals['_LISTJOBSREQUEST']._serialized_end=1928
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1930
+  _globals['_LISTJOBSRESPONSE']._serialized_end=2004
+  _globals['_CANCELJOBREQUEST']._serialized_start=2006
+  _globals['_CANCELJOBREQUEST']._serialized_end=2064
+  _globals['_CANCELJOBRESPONSE']._serialized_start=2066
+  _globals['_CANCELJOBRESPONSE']._serialized_end=2115
+  _globals['_WATCHJOBREQUEST']._serialized_start=2117
+  _globals['_WATCHJOBREQUEST']._serialized_end=2204
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2207
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2389
+  _globals['_GETEVALUATIONREQUEST']._serialized_start=2391
+  _globals['_GETEVALUATIONREQUEST']._serialized_end=2453
+  _globals['_GETEVALUATIONRESPONSE']._serialized_start=2455
+  _globals['_GETEVALUATIONRESPONSE']._serialized_end=2522
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_start=2524
+  _globals['_DOWNLOADARTIFACTREQUEST']._serialized_end=2613
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_start=2615
+  _globals['_DOWNLOADARTIFACTRESPONSE']._serialized_end=2709
+  _globals['_DOWNLOADBATCHREQUEST']._serialized_start=2711
+  _globals['_DOWNLOADBATCHREQUEST']._serialized_end=2803
+  _globals['_DOWNLOADBATCHRESPONSE']._serialized_start=2805
+  _globals['_DOWNLOADBATCHRESPONSE']._serialized_end=2893
+  _globals['_JOBSERVICE']._serialized_start=3154
+  _globals['_JOBSERVICE']._serialized_end=3720
 # @@protoc_insertion_point(module_scope)

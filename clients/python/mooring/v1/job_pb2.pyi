@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.rpc import status_pb2 as _status_pb2
+from mooring.v1 import batch_pb2 as _batch_pb2
 from mooring.v1 import evaluation_pb2 as _evaluation_pb2
 from mooring.v1 import media_pb2 as _media_pb2
 from mooring.v1 import training_pb2 as _training_pb2
@@ -37,6 +38,8 @@ class _JobKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobKind.Value
     """Trains an adapter."""
     JOB_KIND_EVALUATE: _JobKind.ValueType  # 2
     """Evaluates an adapter, or the base alone."""
+    JOB_KIND_BATCH: _JobKind.ValueType  # 3
+    """Draws the rows of a file."""
 
 class JobKind(_JobKind, metaclass=_JobKindEnumTypeWrapper):
     """What kind of work a job does."""
@@ -47,6 +50,8 @@ JOB_KIND_TRAIN: JobKind.ValueType  # 1
 """Trains an adapter."""
 JOB_KIND_EVALUATE: JobKind.ValueType  # 2
 """Evaluates an adapter, or the base alone."""
+JOB_KIND_BATCH: JobKind.ValueType  # 3
+"""Draws the rows of a file."""
 Global___JobKind: _TypeAlias = JobKind  # noqa: Y015
 
 class _JobState:
@@ -97,6 +102,7 @@ class Job(_message.Message):
     CANCEL_REQUESTED_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
     EVALUATE_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
@@ -104,6 +110,7 @@ class Job(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    BATCH_RESULT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tenants/{tenant}/jobs/{job}`. The id is made by the server."""
     kind: Global___JobKind.ValueType
@@ -121,6 +128,10 @@ class Job(_message.Message):
     @_builtins.property
     def evaluate(self) -> _evaluation_pb2.EvaluateSpec:
         """Of an evaluation job."""
+
+    @_builtins.property
+    def batch(self) -> _batch_pb2.BatchSpec:
+        """Of a batch job."""
 
     @_builtins.property
     def progress(self) -> Global___JobProgress:
@@ -146,6 +157,10 @@ class Job(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it reached its terminal state. Absent before."""
 
+    @_builtins.property
+    def batch_result(self) -> _batch_pb2.BatchResult:
+        """Of a succeeded batch job. Its images are files of the job too, but not listed in `artifacts`."""
+
     def __init__(
         self,
         *,
@@ -155,6 +170,7 @@ class Job(_message.Message):
         cancel_requested: _builtins.bool = ...,
         train: _training_pb2.TrainSpec | None = ...,
         evaluate: _evaluation_pb2.EvaluateSpec | None = ...,
+        batch: _batch_pb2.BatchSpec | None = ...,
         progress: Global___JobProgress | None = ...,
         error: _status_pb2.Status | None = ...,
         adapter: _builtins.str = ...,
@@ -162,12 +178,13 @@ class Job(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        batch_result: _batch_pb2.BatchResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "train", b"train"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "batch_result", b"batch_result", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "train", b"train"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "artifacts", b"artifacts", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "kind", b"kind", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "artifacts", b"artifacts", "batch", b"batch", "batch_result", b"batch_result", "cancel_requested", b"cancel_requested", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "evaluate", b"evaluate", "kind", b"kind", "name", b"name", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "state", b"state", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["train", "evaluate"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["train", "evaluate", "batch"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
@@ -185,14 +202,17 @@ class JobProgress(_message.Message):
     TIME_LEFT_FIELD_NUMBER: _builtins.int
     TRAINING_FIELD_NUMBER: _builtins.int
     PREVIEWS_FIELD_NUMBER: _builtins.int
+    FAILED_ROWS_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """What the job does now. Training: "caching", "prior", "probe", "training", "measuring". Evaluation:
-    "generating", "scoring", "measuring", "report".
+    "generating", "scoring", "measuring", "report". Batch: "drawing", with rows for steps.
     """
     step: _builtins.int
     """Steps of the phase done, 0 to `steps`."""
     steps: _builtins.int
     """Steps of the phase in all."""
+    failed_rows: _builtins.int
+    """Of a batch job: rows that ended with an error so far."""
     @_builtins.property
     def time_left(self) -> _duration_pb2.Duration:
         """Estimated time to the end of the job. Absent when unknown."""
@@ -214,10 +234,11 @@ class JobProgress(_message.Message):
         time_left: _duration_pb2.Duration | None = ...,
         training: Global___TrainingFigures | None = ...,
         previews: _abc.Iterable[_media_pb2.PreviewImage] | None = ...,
+        failed_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_left", b"time_left", "training", b"training"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase", "previews", b"previews", "step", b"step", "steps", b"steps", "time_left", b"time_left", "training", b"training"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_rows", b"failed_rows", "phase", b"phase", "previews", b"previews", "step", b"step", "steps", b"steps", "time_left", b"time_left", "training", b"training"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,7 +618,7 @@ class DownloadArtifactRequest(_message.Message):
     name: _builtins.str
     """`tenants/{tenant}/jobs/{job}`."""
     filename: _builtins.str
-    """One of the job's `artifacts`, by its filename."""
+    """One of the job's `artifacts`, or an image of a batch job, by its filename."""
     def __init__(
         self,
         *,
@@ -641,3 +662,61 @@ class DownloadArtifactResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
 Global___DownloadArtifactResponse: _TypeAlias = DownloadArtifactResponse  # noqa: Y015
+
+@_typing.final
+class DownloadBatchRequest(_message.Message):
+    """Request of JobService.DownloadBatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AFTER_POSITION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A batch job, `tenants/{tenant}/jobs/{job}`."""
+    after_position: _builtins.int
+    """Only rows with a larger `position`: pass that of the last row whose image arrived completely. Default (0): from
+    the first row.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        after_position: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_position", b"after_position", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadBatchRequest: _TypeAlias = DownloadBatchRequest  # noqa: Y015
+
+@_typing.final
+class DownloadBatchResponse(_message.Message):
+    """One message of a batch's download."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of its image, at most 1 MiB."""
+    @_builtins.property
+    def row(self) -> _batch_pb2.BatchRow:
+        """A row is done."""
+
+    def __init__(
+        self,
+        *,
+        row: _batch_pb2.BatchRow | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "row", b"row"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["row", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___DownloadBatchResponse: _TypeAlias = DownloadBatchResponse  # noqa: Y015

@@ -66,6 +66,11 @@ class JobServiceStub:
                 request_serializer=mooring_dot_v1_dot_job__pb2.DownloadArtifactRequest.SerializeToString,
                 response_deserializer=mooring_dot_v1_dot_job__pb2.DownloadArtifactResponse.FromString,
                 _registered_method=True)
+        self.DownloadBatch = channel.unary_stream(
+                '/mooring.v1.JobService/DownloadBatch',
+                request_serializer=mooring_dot_v1_dot_job__pb2.DownloadBatchRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_job__pb2.DownloadBatchResponse.FromString,
+                _registered_method=True)
 
 
 class JobServiceServicer:
@@ -116,6 +121,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DownloadBatch(self, request, context):
+        """Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+        Follows a job that still runs and ends with it. Resumes after any row.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +161,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.DownloadArtifact,
                     request_deserializer=mooring_dot_v1_dot_job__pb2.DownloadArtifactRequest.FromString,
                     response_serializer=mooring_dot_v1_dot_job__pb2.DownloadArtifactResponse.SerializeToString,
+            ),
+            'DownloadBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadBatch,
+                    request_deserializer=mooring_dot_v1_dot_job__pb2.DownloadBatchRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_job__pb2.DownloadBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -314,6 +332,33 @@ class JobService:
             '/mooring.v1.JobService/DownloadArtifact',
             mooring_dot_v1_dot_job__pb2.DownloadArtifactRequest.SerializeToString,
             mooring_dot_v1_dot_job__pb2.DownloadArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mooring.v1.JobService/DownloadBatch',
+            mooring_dot_v1_dot_job__pb2.DownloadBatchRequest.SerializeToString,
+            mooring_dot_v1_dot_job__pb2.DownloadBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class JobServiceStub:
     """Returns the figures of a succeeded evaluation job."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_job_pb2.DownloadArtifactRequest, _job_pb2.DownloadArtifactResponse]
     """Streams one file that a job made: its `file` header, then its `chunk`s."""
+    DownloadBatch: _grpc.UnaryStreamMultiCallable[_job_pb2.DownloadBatchRequest, _job_pb2.DownloadBatchResponse]
+    """Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+    Follows a job that still runs and ends with it. Resumes after any row.
+    """
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
@@ -71,6 +75,10 @@ class JobServiceAsyncStub(JobServiceStub):
     """Returns the figures of a succeeded evaluation job."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_job_pb2.DownloadArtifactRequest, _job_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """Streams one file that a job made: its `file` header, then its `chunk`s."""
+    DownloadBatch: _aio.UnaryStreamMultiCallable[_job_pb2.DownloadBatchRequest, _job_pb2.DownloadBatchResponse]  # type: ignore[assignment]
+    """Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+    Follows a job that still runs and ends with it. Resumes after any row.
+    """
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     """Jobs: long pieces of work. Jobs are made by PersonalizationService.Train and Evaluate; they survive the server's
@@ -126,5 +134,15 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_job_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_job_pb2.DownloadArtifactResponse]]:
         """Streams one file that a job made: its `file` header, then its `chunk`s."""
+
+    @_abc_1.abstractmethod
+    def DownloadBatch(
+        self,
+        request: _job_pb2.DownloadBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_pb2.DownloadBatchResponse], _abc.AsyncIterator[_job_pb2.DownloadBatchResponse]]:
+        """Streams the rows of a batch job in the order in which they get done: each `row`, then the `chunk`s of its image.
+        Follows a job that still runs and ends with it. Resumes after any row.
+        """
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

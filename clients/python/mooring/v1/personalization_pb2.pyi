@@ -197,6 +197,8 @@ class Limits(_message.Message):
     MAX_PHOTOS_FIELD_NUMBER: _builtins.int
     MAX_PHOTO_BYTES_FIELD_NUMBER: _builtins.int
     MAX_BATCH_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_BYTES_FIELD_NUMBER: _builtins.int
     max_steps: _builtins.int
     """Denoising steps of one generation, from 1."""
     max_images: _builtins.int
@@ -215,6 +217,10 @@ class Limits(_message.Message):
     """Size of one uploaded photo in bytes."""
     max_batch_in_flight: _builtins.int
     """Requests of one GenerateBatch call that are worked on at a time."""
+    max_batch_rows: _builtins.int
+    """Rows of one batch job's file."""
+    max_batch_bytes: _builtins.int
+    """Size of one batch job's file in bytes."""
     def __init__(
         self,
         *,
@@ -227,10 +233,12 @@ class Limits(_message.Message):
         max_photos: _builtins.int = ...,
         max_photo_bytes: _builtins.int = ...,
         max_batch_in_flight: _builtins.int = ...,
+        max_batch_rows: _builtins.int = ...,
+        max_batch_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_in_flight", b"max_batch_in_flight", "max_images", b"max_images", "max_photo_bytes", b"max_photo_bytes", "max_photos", b"max_photos", "max_rank", b"max_rank", "max_size", b"max_size", "max_steps", b"max_steps", "min_size", b"min_size", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_batch_bytes", b"max_batch_bytes", "max_batch_in_flight", b"max_batch_in_flight", "max_batch_rows", b"max_batch_rows", "max_images", b"max_images", "max_photo_bytes", b"max_photo_bytes", "max_photos", b"max_photos", "max_rank", b"max_rank", "max_size", b"max_size", "max_steps", b"max_steps", "min_size", b"min_size", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -738,6 +746,92 @@ class GenerateBatchRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateBatchRequest: _TypeAlias = GenerateBatchRequest  # noqa: Y015
+
+@_typing.final
+class RunBatchRequest(_message.Message):
+    """Request of PersonalizationService.RunBatch: one message of the upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of it, at most 1 MiB."""
+    @_builtins.property
+    def settings(self) -> Global___BatchSettings:
+        """First message."""
+
+    @_builtins.property
+    def file(self) -> _media_pb2.FileHeader:
+        """Second message: the file that follows."""
+
+    def __init__(
+        self,
+        *,
+        settings: Global___BatchSettings | None = ...,
+        file: _media_pb2.FileHeader | None = ...,
+        chunk: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "file", b"file", "settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "file", b"file", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["settings", "file", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___RunBatchRequest: _TypeAlias = RunBatchRequest  # noqa: Y015
+
+@_typing.final
+class BatchSettings(_message.Message):
+    """How a batch job is started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    parent: _builtins.str
+    """Tenant to work in, `tenants/{tenant}`. Default: the caller's own; no other is allowed."""
+    request_id: _builtins.str
+    """A UUID that makes the call safe to repeat: a second call with the same id and file returns the first call's job."""
+    def __init__(
+        self,
+        *,
+        parent: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parent", b"parent", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSettings: _TypeAlias = BatchSettings  # noqa: Y015
+
+@_typing.final
+class RunBatchResponse(_message.Message):
+    """Response of PersonalizationService.RunBatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def job(self) -> _job_pb2.Job:
+        """The new job."""
+
+    def __init__(
+        self,
+        *,
+        job: _job_pb2.Job | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunBatchResponse: _TypeAlias = RunBatchResponse  # noqa: Y015
 
 @_typing.final
 class GenerateBatchResponse(_message.Message):

@@ -60,6 +60,11 @@ class PersonalizationServiceStub:
                 request_serializer=mooring_dot_v1_dot_personalization__pb2.GenerateBatchRequest.SerializeToString,
                 response_deserializer=mooring_dot_v1_dot_personalization__pb2.GenerateBatchResponse.FromString,
                 _registered_method=True)
+        self.RunBatch = channel.stream_unary(
+                '/mooring.v1.PersonalizationService/RunBatch',
+                request_serializer=mooring_dot_v1_dot_personalization__pb2.RunBatchRequest.SerializeToString,
+                response_deserializer=mooring_dot_v1_dot_personalization__pb2.RunBatchResponse.FromString,
+                _registered_method=True)
 
 
 class PersonalizationServiceServicer:
@@ -105,6 +110,17 @@ class PersonalizationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunBatch(self, request_iterator, context):
+        """Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+        header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+        `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+        `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+        is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PersonalizationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -132,6 +148,11 @@ def add_PersonalizationServiceServicer_to_server(servicer, server):
                     servicer.GenerateBatch,
                     request_deserializer=mooring_dot_v1_dot_personalization__pb2.GenerateBatchRequest.FromString,
                     response_serializer=mooring_dot_v1_dot_personalization__pb2.GenerateBatchResponse.SerializeToString,
+            ),
+            'RunBatch': grpc.stream_unary_rpc_method_handler(
+                    servicer.RunBatch,
+                    request_deserializer=mooring_dot_v1_dot_personalization__pb2.RunBatchRequest.FromString,
+                    response_serializer=mooring_dot_v1_dot_personalization__pb2.RunBatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -270,6 +291,33 @@ class PersonalizationService:
             '/mooring.v1.PersonalizationService/GenerateBatch',
             mooring_dot_v1_dot_personalization__pb2.GenerateBatchRequest.SerializeToString,
             mooring_dot_v1_dot_personalization__pb2.GenerateBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunBatch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/mooring.v1.PersonalizationService/RunBatch',
+            mooring_dot_v1_dot_personalization__pb2.RunBatchRequest.SerializeToString,
+            mooring_dot_v1_dot_personalization__pb2.RunBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

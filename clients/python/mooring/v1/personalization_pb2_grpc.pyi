@@ -49,6 +49,13 @@ class PersonalizationServiceStub:
     so that a fast caller is slowed by flow control rather than refused. The call ends when the caller has closed
     its side and everything was answered.
     """
+    RunBatch: _grpc.StreamUnaryMultiCallable[_personalization_pb2.RunBatchRequest, _personalization_pb2.RunBatchResponse]
+    """Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+    header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+    `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+    `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+    is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
+    """
 
 @_typing.type_check_only
 class PersonalizationServiceAsyncStub(PersonalizationServiceStub):
@@ -70,6 +77,13 @@ class PersonalizationServiceAsyncStub(PersonalizationServiceStub):
     request; a request that fails does so alone. The server reads no further requests while too many are unfinished,
     so that a fast caller is slowed by flow control rather than refused. The call ends when the caller has closed
     its side and everything was answered.
+    """
+    RunBatch: _aio.StreamUnaryMultiCallable[_personalization_pb2.RunBatchRequest, _personalization_pb2.RunBatchResponse]  # type: ignore[assignment]
+    """Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+    header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+    `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+    `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+    is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
     """
 
 class PersonalizationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -119,6 +133,19 @@ class PersonalizationServiceServicer(metaclass=_abc_1.ABCMeta):
         request; a request that fails does so alone. The server reads no further requests while too many are unfinished,
         so that a fast caller is slowed by flow control rather than refused. The call ends when the caller has closed
         its side and everything was answered.
+        """
+
+    @_abc_1.abstractmethod
+    def RunBatch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_personalization_pb2.RunBatchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_personalization_pb2.RunBatchResponse, _abc.Awaitable[_personalization_pb2.RunBatchResponse]]:
+        """Starts a batch job from an uploaded file of rows; the caller need not stay. Send `settings`, then the `file`
+        header, then its `chunk`s. The file is JSON Lines: one object a line with `prompt` and, as wanted, `id`,
+        `negative_prompt`, `adapter`, `adapter_scale`, `more_adapters`, `steps`, `guidance_scale`, `width`, `height`,
+        `seed` and `sampler`, each as in GenerateRequest; each row gives one image. Every line is checked before the job
+        is queued, and every adapter is pinned to its version of now. Fetch the images with JobService.DownloadBatch.
         """
 
 def add_PersonalizationServiceServicer_to_server(servicer: PersonalizationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
