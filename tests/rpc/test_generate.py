@@ -222,6 +222,20 @@ def test_what_is_wrong_with_several_adapters_is_said_at_its_field(
     assert says in failure.message
 
 
+def test_more_adapters_than_the_server_has_slots_are_refused_rather_than_waited_for(stubs, runtime):
+    assert runtime.bank.slots == 4
+    names = []
+    for index in range(4):
+        made = publish(runtime, f"crowd-{index}", seed=20 + index, placeholder=f"<crowd{index}>")
+        names.append(f"tenants/-/adapters/{made.adapter_id}")
+    values = {"prompt": "a photo of a dog", "adapter": names[0], "steps": 1}
+    assert generate(stubs, **values, more_adapters=[use(name) for name in names[1:3]])
+    failure = failure_of(lambda: generate(stubs, **values, more_adapters=[use(name) for name in names[1:]]))
+    assert (failure.code.name, failure.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+    assert list(failure.fields) == ["more_adapters"]
+    assert "3 slots" in failure.message
+
+
 def test_another_tenants_adapter_is_absent_as_a_further_one_too(stubs, runtime, pair):
     publish(runtime, "duo-theirs", tenant="rival")
     found = []

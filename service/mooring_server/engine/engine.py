@@ -153,6 +153,7 @@ class Engine:
             MooringError: what `GenerationRequest.validate` raises, QUEUE_FULL, DRAINING.
         """
         request.validate(self.base)
+        request.require_slots(self.bank.slots)
         for use in request.adapters:
             self.bank.require_fits(use.weights)
         slots: list[int] = []

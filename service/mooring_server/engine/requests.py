@@ -103,6 +103,21 @@ class GenerationRequest:
             raise _refused(Reason.INVALID_FIELD, "sampler", message)
         self._validate_size(base)
 
+    def require_slots(self, slots: int) -> None:
+        """Refuse a request for more adapters than a bank has slots for: it would wait for ever.
+
+        Args:
+            slots: of the bank, the zero slot included.
+
+        Raises:
+            MooringError: INVALID_FIELD.
+        """
+        if len(self.adapters) > slots - 1:
+            message = (
+                f"The request names {len(self.adapters)} adapters, and this server has {slots - 1} slots."
+            )
+            raise _refused(Reason.INVALID_FIELD, "more_adapters", message)
+
     @cached_property
     def embeddings(self) -> LearnedEmbeddings | None:
         """The learned tokens of all its adapters; None when they have none."""

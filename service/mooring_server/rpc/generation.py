@@ -95,6 +95,7 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
     )
     try:
         request.validate(runtime.base)
+        request.require_slots(runtime.bank.slots)
     except MooringError as error:
         error.fields = tuple(FieldViolation(_contract_name(f.field), f.description) for f in error.fields)
         raise
