@@ -53,3 +53,23 @@ def save_tiny_vit(root: Path) -> Path:
     ViTModel(config, add_pooling_layer=False).save_pretrained(root)
     ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(root)
     return root
+
+
+def save_tiny_classifier(root: Path) -> Path:
+    """An image classifier with the labels normal and nsfw."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(5)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=24,
+        patch_size=8,
+        id2label={0: "normal", 1: "nsfw"},
+        label2id={"normal": 0, "nsfw": 1},
+    )
+    ViTForImageClassification(config).save_pretrained(root)
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(root)
+    return root

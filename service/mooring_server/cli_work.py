@@ -296,6 +296,7 @@ def generate(
                 "base_digest": done.base_digest if done else "",
                 "seconds": done.total_seconds if done else None,
                 "unknown_words": list(done.unknown_words) if done else [],
+                "withheld": list(done.withheld) if done else [],
             }
         )
         return
@@ -304,6 +305,9 @@ def generate(
     if done:
         by = " and ".join(short(name) for name in (done.adapter, *done.more_adapters)) or "the base"
         out.print(f"{done.images} by {by} in {done.total_seconds:.1f} s", style="dim")
+        if done.withheld:
+            kinds = ", ".join(sorted({v.category for v in done.safety if not v.allowed}))
+            err.print(f"{len(done.withheld)} withheld by the content policy ({kinds})", style="yellow")
         if done.unknown_words:
             words = ", ".join(escape(word) for word in done.unknown_words)
             err.print(f"this base was not trained on: {words}", style="yellow", soft_wrap=True)

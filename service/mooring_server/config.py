@@ -208,6 +208,23 @@ class Settings(BaseSettings):
     max_batch_in_flight: int = Field(
         default=16, ge=1, le=10_000, description="Unfinished requests of one GenerateBatch call."
     )
+    prompt_policy: str = Field(
+        default="packaged",
+        description="Phrases that prompts must not have: packaged, off, or a file (docs/safety.md).",
+    )
+    image_check: str = Field(
+        default="",
+        description="Classifier of images: a transformers image-classification directory; empty: none.",
+    )
+    image_check_refuse: str = Field(
+        default="nsfw", description="Its labels that are withheld, separated by commas."
+    )
+    image_check_threshold: float = Field(
+        default=0.5, gt=0.0, le=1.0, description="Probability of these labels from which it is withheld."
+    )
+    safety_exempt_tenants: str = Field(
+        default="", description="Tenants whose prompts and images are not checked, separated by commas."
+    )
     max_batch_rows: int = Field(
         default=10_000, ge=1, le=1_000_000, description="Rows of one batch job's file."
     )

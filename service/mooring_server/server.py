@@ -65,6 +65,9 @@ from mooring_server.rpc.probes import Probes
 from mooring_server.rpc.quotas import DeviceTime, Quotas
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.rpc.subjects import SubjectServicer
+from mooring_server.safety.images import ClassifierCheck
+from mooring_server.safety.phrases import PACKAGED, PhraseCheck
+from mooring_server.safety.policy import ImageCheck, PromptCheck, SafetyPolicy
 from mooring_server.storage.buckets import open_objects
 from mooring_server.storage.garbage import Retention
 from mooring_server.storage.store import Store
@@ -354,6 +357,7 @@ class Server:
             max_bytes=settings.max_adapter_bytes,
             observer=observer,
         )
+        safety = _safety(settings)
         self._runner = JobRunner(
             store,
             objects,
@@ -368,6 +372,7 @@ class Server:
             observer=observer,
             drawer=engine,
             adapters=adapters,
+            safety=safety,
         )
         if settings.gc_interval_seconds:
             retention = Retention(
@@ -400,6 +405,7 @@ class Server:
             engine=engine,
             adapters=adapters,
             decoders=DecoderPool(settings.decoders),
+            safety=safety,
             quotas=self._quotas,
             device_time=device_time,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
@@ -531,6 +537,24 @@ class EmbeddedServer:
             self._started.set()
         await self._stop.wait()
         await self.server.stop()
+
+
+def _safety(settings: Settings) -> SafetyPolicy:
+    def listed(text: str) -> frozenset[str]:
+        return frozenset(part.strip() for part in text.split(",") if part.strip())
+
+    prompts: list[PromptCheck] = []
+    if settings.prompt_policy not in {"", "off"}:
+        packaged = settings.prompt_policy == "packaged"
+        prompts.append(PhraseCheck.load(PACKAGED if packaged else settings.prompt_policy))
+    images: list[ImageCheck] = []
+    if settings.image_check:
+        images.append(
+            ClassifierCheck.load(
+                settings.image_check, listed(settings.image_check_refuse), settings.image_check_threshold
+            )
+        )
+    return SafetyPolicy(prompts, images, listed(settings.safety_exempt_tenants))
 
 
 def _judges(settings: Settings, *, packaged: bool) -> Judges | None:

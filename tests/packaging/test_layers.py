@@ -25,9 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": LEAVES,
     "evaluation": LEAVES | {"engine"},
     "training": LEAVES | {"engine", "evaluation"},
-    "jobs": LEAVES | {"engine", "evaluation", "training", "storage", "dinghy"},
-    "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs"},
-    "server": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy"},
+    "safety": LEAVES,
+    "jobs": LEAVES | {"engine", "evaluation", "training", "storage", "dinghy", "safety"},
+    "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "safety"},
+    "server": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy", "safety"},
     # the command line talks to the server through the client, like everybody else; API keys alone it makes in
     # the database, because the first one has to come from somewhere
     "cli": {"errors", "config", "server", "dinghy", "demo", "cli", "storage"},
@@ -42,6 +43,7 @@ MUST_NOT_IMPORT: dict[str, set[str]] = {
     "engine": {"grpc", "sqlalchemy", "mooring", "google"},
     "evaluation": {"grpc", "sqlalchemy", "mooring", "google"},
     "training": {"grpc", "sqlalchemy", "mooring", "google"},
+    "safety": {"grpc", "sqlalchemy", "mooring", "google"},
     "jobs": {"grpc", "mooring", "google"},
     "dinghy": {"grpc", "sqlalchemy", "mooring"},
 }

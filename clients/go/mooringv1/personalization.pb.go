@@ -1231,7 +1231,7 @@ func (x *GenerateProgress) GetPreviews() []*PreviewImage {
 // A request was answered completely.
 type GenerateDone struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Images drawn.
+	// Images drawn, withheld ones included.
 	Images int32 `protobuf:"varint,1,opt,name=images,proto3" json:"images,omitempty"`
 	// The adapter version that was used. Empty: the base alone.
 	Adapter string `protobuf:"bytes,2,opt,name=adapter,proto3" json:"adapter,omitempty"`
@@ -1247,7 +1247,10 @@ type GenerateDone struct {
 	// lower case where the base lists the words it was trained on. Empty: none, or the base cannot tell.
 	UnknownWords []string `protobuf:"bytes,7,rep,name=unknown_words,json=unknownWords,proto3" json:"unknown_words,omitempty"`
 	// The other adapter versions that were used, in the order of the request's `more_adapters`.
-	MoreAdapters  []*UsedAdapter `protobuf:"bytes,8,rep,name=more_adapters,json=moreAdapters,proto3" json:"more_adapters,omitempty"`
+	MoreAdapters []*UsedAdapter `protobuf:"bytes,8,rep,name=more_adapters,json=moreAdapters,proto3" json:"more_adapters,omitempty"`
+	// What the server's content checks found, of the prompts first, then of the images in order. An image whose verdict
+	// is not `allowed` was withheld: none of its chunks was sent. Empty: nothing was checked.
+	Safety        []*SafetyVerdict `protobuf:"bytes,9,rep,name=safety,proto3" json:"safety,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1338,6 +1341,95 @@ func (x *GenerateDone) GetMoreAdapters() []*UsedAdapter {
 	return nil
 }
 
+func (x *GenerateDone) GetSafety() []*SafetyVerdict {
+	if x != nil {
+		return x.Safety
+	}
+	return nil
+}
+
+// What one content check found.
+type SafetyVerdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the check: "phrases" of the prompts, "classifier" of an image.
+	Check string `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
+	// Whether what was checked may pass.
+	Allowed bool `protobuf:"varint,2,opt,name=allowed,proto3" json:"allowed,omitempty"`
+	// What kind of content refused it. Empty: allowed.
+	Category string `protobuf:"bytes,3,opt,name=category,proto3" json:"category,omitempty"`
+	// How sure the check is of content to refuse, 0 to 1.
+	Score float64 `protobuf:"fixed64,4,opt,name=score,proto3" json:"score,omitempty"`
+	// Which image of the request, from 0. Absent: the prompts.
+	ImageIndex    *int32 `protobuf:"varint,5,opt,name=image_index,json=imageIndex,proto3,oneof" json:"image_index,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SafetyVerdict) Reset() {
+	*x = SafetyVerdict{}
+	mi := &file_mooring_v1_personalization_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SafetyVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SafetyVerdict) ProtoMessage() {}
+
+func (x *SafetyVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_mooring_v1_personalization_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SafetyVerdict.ProtoReflect.Descriptor instead.
+func (*SafetyVerdict) Descriptor() ([]byte, []int) {
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SafetyVerdict) GetCheck() string {
+	if x != nil {
+		return x.Check
+	}
+	return ""
+}
+
+func (x *SafetyVerdict) GetAllowed() bool {
+	if x != nil {
+		return x.Allowed
+	}
+	return false
+}
+
+func (x *SafetyVerdict) GetCategory() string {
+	if x != nil {
+		return x.Category
+	}
+	return ""
+}
+
+func (x *SafetyVerdict) GetScore() float64 {
+	if x != nil {
+		return x.Score
+	}
+	return 0
+}
+
+func (x *SafetyVerdict) GetImageIndex() int32 {
+	if x != nil && x.ImageIndex != nil {
+		return *x.ImageIndex
+	}
+	return 0
+}
+
 // An adapter version that was used.
 type UsedAdapter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1351,7 +1443,7 @@ type UsedAdapter struct {
 
 func (x *UsedAdapter) Reset() {
 	*x = UsedAdapter{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[15]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1455,7 @@ func (x *UsedAdapter) String() string {
 func (*UsedAdapter) ProtoMessage() {}
 
 func (x *UsedAdapter) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[15]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1468,7 @@ func (x *UsedAdapter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UsedAdapter.ProtoReflect.Descriptor instead.
 func (*UsedAdapter) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{15}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UsedAdapter) GetAdapter() string {
@@ -1406,7 +1498,7 @@ type GenerateBatchRequest struct {
 
 func (x *GenerateBatchRequest) Reset() {
 	*x = GenerateBatchRequest{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[16]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1418,7 +1510,7 @@ func (x *GenerateBatchRequest) String() string {
 func (*GenerateBatchRequest) ProtoMessage() {}
 
 func (x *GenerateBatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[16]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1431,7 +1523,7 @@ func (x *GenerateBatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateBatchRequest.ProtoReflect.Descriptor instead.
 func (*GenerateBatchRequest) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{16}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GenerateBatchRequest) GetId() string {
@@ -1465,7 +1557,7 @@ type RunBatchRequest struct {
 
 func (x *RunBatchRequest) Reset() {
 	*x = RunBatchRequest{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1569,7 @@ func (x *RunBatchRequest) String() string {
 func (*RunBatchRequest) ProtoMessage() {}
 
 func (x *RunBatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[17]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1582,7 @@ func (x *RunBatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunBatchRequest.ProtoReflect.Descriptor instead.
 func (*RunBatchRequest) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{17}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RunBatchRequest) GetContent() isRunBatchRequest_Content {
@@ -1565,7 +1657,7 @@ type BatchSettings struct {
 
 func (x *BatchSettings) Reset() {
 	*x = BatchSettings{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +1669,7 @@ func (x *BatchSettings) String() string {
 func (*BatchSettings) ProtoMessage() {}
 
 func (x *BatchSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[18]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +1682,7 @@ func (x *BatchSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BatchSettings.ProtoReflect.Descriptor instead.
 func (*BatchSettings) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{18}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *BatchSettings) GetParent() string {
@@ -1618,7 +1710,7 @@ type RunBatchResponse struct {
 
 func (x *RunBatchResponse) Reset() {
 	*x = RunBatchResponse{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1630,7 +1722,7 @@ func (x *RunBatchResponse) String() string {
 func (*RunBatchResponse) ProtoMessage() {}
 
 func (x *RunBatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[19]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1643,7 +1735,7 @@ func (x *RunBatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunBatchResponse.ProtoReflect.Descriptor instead.
 func (*RunBatchResponse) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{19}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RunBatchResponse) GetJob() *Job {
@@ -1672,7 +1764,7 @@ type GenerateBatchResponse struct {
 
 func (x *GenerateBatchResponse) Reset() {
 	*x = GenerateBatchResponse{}
-	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1684,7 +1776,7 @@ func (x *GenerateBatchResponse) String() string {
 func (*GenerateBatchResponse) ProtoMessage() {}
 
 func (x *GenerateBatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mooring_v1_personalization_proto_msgTypes[20]
+	mi := &file_mooring_v1_personalization_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1697,7 +1789,7 @@ func (x *GenerateBatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GenerateBatchResponse.ProtoReflect.Descriptor instead.
 func (*GenerateBatchResponse) Descriptor() ([]byte, []int) {
-	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{20}
+	return file_mooring_v1_personalization_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *GenerateBatchResponse) GetId() string {
@@ -1869,7 +1961,7 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\x10GenerateProgress\x12\x18\n" +
 	"\x04step\x18\x01 \x01(\x05B\x04\xe2A\x01\x03R\x04step\x12\x1a\n" +
 	"\x05steps\x18\x02 \x01(\x05B\x04\xe2A\x01\x03R\x05steps\x12:\n" +
-	"\bpreviews\x18\x03 \x03(\v2\x18.mooring.v1.PreviewImageB\x04\xe2A\x01\x03R\bpreviews\"\xa7\x03\n" +
+	"\bpreviews\x18\x03 \x03(\v2\x18.mooring.v1.PreviewImageB\x04\xe2A\x01\x03R\bpreviews\"\xe0\x03\n" +
 	"\fGenerateDone\x12\x1c\n" +
 	"\x06images\x18\x01 \x01(\x05B\x04\xe2A\x01\x03R\x06images\x126\n" +
 	"\aadapter\x18\x02 \x01(\tB\x1c\xe2A\x01\x03\xfaA\x15\n" +
@@ -1882,7 +1974,16 @@ const file_mooring_v1_personalization_proto_rawDesc = "" +
 	"\n" +
 	"total_time\x18\x06 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x03R\ttotalTime\x12)\n" +
 	"\runknown_words\x18\a \x03(\tB\x04\xe2A\x01\x03R\funknownWords\x12B\n" +
-	"\rmore_adapters\x18\b \x03(\v2\x17.mooring.v1.UsedAdapterB\x04\xe2A\x01\x03R\fmoreAdapters\"c\n" +
+	"\rmore_adapters\x18\b \x03(\v2\x17.mooring.v1.UsedAdapterB\x04\xe2A\x01\x03R\fmoreAdapters\x127\n" +
+	"\x06safety\x18\t \x03(\v2\x19.mooring.v1.SafetyVerdictB\x04\xe2A\x01\x03R\x06safety\"\xc5\x01\n" +
+	"\rSafetyVerdict\x12\x1a\n" +
+	"\x05check\x18\x01 \x01(\tB\x04\xe2A\x01\x03R\x05check\x12\x1e\n" +
+	"\aallowed\x18\x02 \x01(\bB\x04\xe2A\x01\x03R\aallowed\x12 \n" +
+	"\bcategory\x18\x03 \x01(\tB\x04\xe2A\x01\x03R\bcategory\x12\x1a\n" +
+	"\x05score\x18\x04 \x01(\x01B\x04\xe2A\x01\x03R\x05score\x12*\n" +
+	"\vimage_index\x18\x05 \x01(\x05B\x04\xe2A\x01\x03H\x00R\n" +
+	"imageIndex\x88\x01\x01B\x0e\n" +
+	"\f_image_index\"c\n" +
 	"\vUsedAdapter\x126\n" +
 	"\aadapter\x18\x01 \x01(\tB\x1c\xe2A\x01\x03\xfaA\x15\n" +
 	"\x13mooring.dev/AdapterR\aadapter\x12\x1c\n" +
@@ -1934,7 +2035,7 @@ func file_mooring_v1_personalization_proto_rawDescGZIP() []byte {
 }
 
 var file_mooring_v1_personalization_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_mooring_v1_personalization_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_mooring_v1_personalization_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_mooring_v1_personalization_proto_goTypes = []any{
 	(Sampler)(0),                  // 0: mooring.v1.Sampler
 	(*GetServerInfoRequest)(nil),  // 1: mooring.v1.GetServerInfoRequest
@@ -1952,69 +2053,71 @@ var file_mooring_v1_personalization_proto_goTypes = []any{
 	(*GenerateQueued)(nil),        // 13: mooring.v1.GenerateQueued
 	(*GenerateProgress)(nil),      // 14: mooring.v1.GenerateProgress
 	(*GenerateDone)(nil),          // 15: mooring.v1.GenerateDone
-	(*UsedAdapter)(nil),           // 16: mooring.v1.UsedAdapter
-	(*GenerateBatchRequest)(nil),  // 17: mooring.v1.GenerateBatchRequest
-	(*RunBatchRequest)(nil),       // 18: mooring.v1.RunBatchRequest
-	(*BatchSettings)(nil),         // 19: mooring.v1.BatchSettings
-	(*RunBatchResponse)(nil),      // 20: mooring.v1.RunBatchResponse
-	(*GenerateBatchResponse)(nil), // 21: mooring.v1.GenerateBatchResponse
-	(TrainingMethod)(0),           // 22: mooring.v1.TrainingMethod
-	(*TrainingConfig)(nil),        // 23: mooring.v1.TrainingConfig
-	(DriftPreset)(0),              // 24: mooring.v1.DriftPreset
-	(*Job)(nil),                   // 25: mooring.v1.Job
-	(*EvaluationConfig)(nil),      // 26: mooring.v1.EvaluationConfig
-	(*ImageChunk)(nil),            // 27: mooring.v1.ImageChunk
-	(*PreviewImage)(nil),          // 28: mooring.v1.PreviewImage
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(*FileHeader)(nil),            // 30: mooring.v1.FileHeader
-	(*status.Status)(nil),         // 31: google.rpc.Status
+	(*SafetyVerdict)(nil),         // 16: mooring.v1.SafetyVerdict
+	(*UsedAdapter)(nil),           // 17: mooring.v1.UsedAdapter
+	(*GenerateBatchRequest)(nil),  // 18: mooring.v1.GenerateBatchRequest
+	(*RunBatchRequest)(nil),       // 19: mooring.v1.RunBatchRequest
+	(*BatchSettings)(nil),         // 20: mooring.v1.BatchSettings
+	(*RunBatchResponse)(nil),      // 21: mooring.v1.RunBatchResponse
+	(*GenerateBatchResponse)(nil), // 22: mooring.v1.GenerateBatchResponse
+	(TrainingMethod)(0),           // 23: mooring.v1.TrainingMethod
+	(*TrainingConfig)(nil),        // 24: mooring.v1.TrainingConfig
+	(DriftPreset)(0),              // 25: mooring.v1.DriftPreset
+	(*Job)(nil),                   // 26: mooring.v1.Job
+	(*EvaluationConfig)(nil),      // 27: mooring.v1.EvaluationConfig
+	(*ImageChunk)(nil),            // 28: mooring.v1.ImageChunk
+	(*PreviewImage)(nil),          // 29: mooring.v1.PreviewImage
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*FileHeader)(nil),            // 31: mooring.v1.FileHeader
+	(*status.Status)(nil),         // 32: google.rpc.Status
 }
 var file_mooring_v1_personalization_proto_depIdxs = []int32{
 	3,  // 0: mooring.v1.GetServerInfoResponse.base:type_name -> mooring.v1.BaseModel
 	4,  // 1: mooring.v1.GetServerInfoResponse.limits:type_name -> mooring.v1.Limits
-	22, // 2: mooring.v1.GetServerInfoResponse.methods:type_name -> mooring.v1.TrainingMethod
+	23, // 2: mooring.v1.GetServerInfoResponse.methods:type_name -> mooring.v1.TrainingMethod
 	5,  // 3: mooring.v1.GetServerInfoResponse.presets:type_name -> mooring.v1.DriftPresetValue
-	23, // 4: mooring.v1.GetServerInfoResponse.training_defaults:type_name -> mooring.v1.TrainingConfig
+	24, // 4: mooring.v1.GetServerInfoResponse.training_defaults:type_name -> mooring.v1.TrainingConfig
 	10, // 5: mooring.v1.GetServerInfoResponse.generation_defaults:type_name -> mooring.v1.GenerateRequest
-	24, // 6: mooring.v1.DriftPresetValue.preset:type_name -> mooring.v1.DriftPreset
-	23, // 7: mooring.v1.TrainRequest.config:type_name -> mooring.v1.TrainingConfig
-	25, // 8: mooring.v1.TrainResponse.job:type_name -> mooring.v1.Job
-	26, // 9: mooring.v1.EvaluateRequest.config:type_name -> mooring.v1.EvaluationConfig
-	25, // 10: mooring.v1.EvaluateResponse.job:type_name -> mooring.v1.Job
+	25, // 6: mooring.v1.DriftPresetValue.preset:type_name -> mooring.v1.DriftPreset
+	24, // 7: mooring.v1.TrainRequest.config:type_name -> mooring.v1.TrainingConfig
+	26, // 8: mooring.v1.TrainResponse.job:type_name -> mooring.v1.Job
+	27, // 9: mooring.v1.EvaluateRequest.config:type_name -> mooring.v1.EvaluationConfig
+	26, // 10: mooring.v1.EvaluateResponse.job:type_name -> mooring.v1.Job
 	0,  // 11: mooring.v1.GenerateRequest.sampler:type_name -> mooring.v1.Sampler
 	11, // 12: mooring.v1.GenerateRequest.more_adapters:type_name -> mooring.v1.AdapterUse
 	13, // 13: mooring.v1.GenerateResponse.queued:type_name -> mooring.v1.GenerateQueued
 	14, // 14: mooring.v1.GenerateResponse.progress:type_name -> mooring.v1.GenerateProgress
-	27, // 15: mooring.v1.GenerateResponse.image:type_name -> mooring.v1.ImageChunk
+	28, // 15: mooring.v1.GenerateResponse.image:type_name -> mooring.v1.ImageChunk
 	15, // 16: mooring.v1.GenerateResponse.done:type_name -> mooring.v1.GenerateDone
-	28, // 17: mooring.v1.GenerateProgress.previews:type_name -> mooring.v1.PreviewImage
-	29, // 18: mooring.v1.GenerateDone.queue_time:type_name -> google.protobuf.Duration
-	29, // 19: mooring.v1.GenerateDone.total_time:type_name -> google.protobuf.Duration
-	16, // 20: mooring.v1.GenerateDone.more_adapters:type_name -> mooring.v1.UsedAdapter
-	10, // 21: mooring.v1.GenerateBatchRequest.request:type_name -> mooring.v1.GenerateRequest
-	19, // 22: mooring.v1.RunBatchRequest.settings:type_name -> mooring.v1.BatchSettings
-	30, // 23: mooring.v1.RunBatchRequest.file:type_name -> mooring.v1.FileHeader
-	25, // 24: mooring.v1.RunBatchResponse.job:type_name -> mooring.v1.Job
-	27, // 25: mooring.v1.GenerateBatchResponse.image:type_name -> mooring.v1.ImageChunk
-	15, // 26: mooring.v1.GenerateBatchResponse.done:type_name -> mooring.v1.GenerateDone
-	31, // 27: mooring.v1.GenerateBatchResponse.error:type_name -> google.rpc.Status
-	1,  // 28: mooring.v1.PersonalizationService.GetServerInfo:input_type -> mooring.v1.GetServerInfoRequest
-	6,  // 29: mooring.v1.PersonalizationService.Train:input_type -> mooring.v1.TrainRequest
-	8,  // 30: mooring.v1.PersonalizationService.Evaluate:input_type -> mooring.v1.EvaluateRequest
-	10, // 31: mooring.v1.PersonalizationService.Generate:input_type -> mooring.v1.GenerateRequest
-	17, // 32: mooring.v1.PersonalizationService.GenerateBatch:input_type -> mooring.v1.GenerateBatchRequest
-	18, // 33: mooring.v1.PersonalizationService.RunBatch:input_type -> mooring.v1.RunBatchRequest
-	2,  // 34: mooring.v1.PersonalizationService.GetServerInfo:output_type -> mooring.v1.GetServerInfoResponse
-	7,  // 35: mooring.v1.PersonalizationService.Train:output_type -> mooring.v1.TrainResponse
-	9,  // 36: mooring.v1.PersonalizationService.Evaluate:output_type -> mooring.v1.EvaluateResponse
-	12, // 37: mooring.v1.PersonalizationService.Generate:output_type -> mooring.v1.GenerateResponse
-	21, // 38: mooring.v1.PersonalizationService.GenerateBatch:output_type -> mooring.v1.GenerateBatchResponse
-	20, // 39: mooring.v1.PersonalizationService.RunBatch:output_type -> mooring.v1.RunBatchResponse
-	34, // [34:40] is the sub-list for method output_type
-	28, // [28:34] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	29, // 17: mooring.v1.GenerateProgress.previews:type_name -> mooring.v1.PreviewImage
+	30, // 18: mooring.v1.GenerateDone.queue_time:type_name -> google.protobuf.Duration
+	30, // 19: mooring.v1.GenerateDone.total_time:type_name -> google.protobuf.Duration
+	17, // 20: mooring.v1.GenerateDone.more_adapters:type_name -> mooring.v1.UsedAdapter
+	16, // 21: mooring.v1.GenerateDone.safety:type_name -> mooring.v1.SafetyVerdict
+	10, // 22: mooring.v1.GenerateBatchRequest.request:type_name -> mooring.v1.GenerateRequest
+	20, // 23: mooring.v1.RunBatchRequest.settings:type_name -> mooring.v1.BatchSettings
+	31, // 24: mooring.v1.RunBatchRequest.file:type_name -> mooring.v1.FileHeader
+	26, // 25: mooring.v1.RunBatchResponse.job:type_name -> mooring.v1.Job
+	28, // 26: mooring.v1.GenerateBatchResponse.image:type_name -> mooring.v1.ImageChunk
+	15, // 27: mooring.v1.GenerateBatchResponse.done:type_name -> mooring.v1.GenerateDone
+	32, // 28: mooring.v1.GenerateBatchResponse.error:type_name -> google.rpc.Status
+	1,  // 29: mooring.v1.PersonalizationService.GetServerInfo:input_type -> mooring.v1.GetServerInfoRequest
+	6,  // 30: mooring.v1.PersonalizationService.Train:input_type -> mooring.v1.TrainRequest
+	8,  // 31: mooring.v1.PersonalizationService.Evaluate:input_type -> mooring.v1.EvaluateRequest
+	10, // 32: mooring.v1.PersonalizationService.Generate:input_type -> mooring.v1.GenerateRequest
+	18, // 33: mooring.v1.PersonalizationService.GenerateBatch:input_type -> mooring.v1.GenerateBatchRequest
+	19, // 34: mooring.v1.PersonalizationService.RunBatch:input_type -> mooring.v1.RunBatchRequest
+	2,  // 35: mooring.v1.PersonalizationService.GetServerInfo:output_type -> mooring.v1.GetServerInfoResponse
+	7,  // 36: mooring.v1.PersonalizationService.Train:output_type -> mooring.v1.TrainResponse
+	9,  // 37: mooring.v1.PersonalizationService.Evaluate:output_type -> mooring.v1.EvaluateResponse
+	12, // 38: mooring.v1.PersonalizationService.Generate:output_type -> mooring.v1.GenerateResponse
+	22, // 39: mooring.v1.PersonalizationService.GenerateBatch:output_type -> mooring.v1.GenerateBatchResponse
+	21, // 40: mooring.v1.PersonalizationService.RunBatch:output_type -> mooring.v1.RunBatchResponse
+	35, // [35:41] is the sub-list for method output_type
+	29, // [29:35] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_mooring_v1_personalization_proto_init() }
@@ -2034,12 +2137,13 @@ func file_mooring_v1_personalization_proto_init() {
 		(*GenerateResponse_Image)(nil),
 		(*GenerateResponse_Done)(nil),
 	}
-	file_mooring_v1_personalization_proto_msgTypes[17].OneofWrappers = []any{
+	file_mooring_v1_personalization_proto_msgTypes[15].OneofWrappers = []any{}
+	file_mooring_v1_personalization_proto_msgTypes[18].OneofWrappers = []any{
 		(*RunBatchRequest_Settings)(nil),
 		(*RunBatchRequest_File)(nil),
 		(*RunBatchRequest_Chunk)(nil),
 	}
-	file_mooring_v1_personalization_proto_msgTypes[20].OneofWrappers = []any{
+	file_mooring_v1_personalization_proto_msgTypes[21].OneofWrappers = []any{
 		(*GenerateBatchResponse_Image)(nil),
 		(*GenerateBatchResponse_Done)(nil),
 		(*GenerateBatchResponse_Error)(nil),
@@ -2050,7 +2154,7 @@ func file_mooring_v1_personalization_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mooring_v1_personalization_proto_rawDesc), len(file_mooring_v1_personalization_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -71,6 +71,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one content check of the server found.
+
+    Attributes:
+        check: its name.
+        allowed: whether what it looked at may pass.
+        category: what kind of content refused it, "" when allowed.
+        score: how sure it is of content to refuse, 0 to 1.
+        image_index: which image, None for the prompts.
+    """
+
+    check: str
+    allowed: bool
+    category: str
+    score: float
+    image_index: int | None = None
+
+
+@dataclass(frozen=True)
 class Done:
     """Everything was sent.
 
@@ -83,6 +102,7 @@ class Done:
         total_seconds: from the request's arrival to its last image.
         unknown_words: words of the prompts that mean nothing to the base, as far as it can tell.
         more_adapters: digests of the other adapter versions that were used, by name.
+        safety: what the server's content checks found; empty when nothing was checked.
     """
 
     images: int
@@ -93,6 +113,12 @@ class Done:
     total_seconds: float
     unknown_words: tuple[str, ...] = ()
     more_adapters: Mapping[str, str] = field(default_factory=dict)
+    safety: tuple[Verdict, ...] = ()
+
+    @property
+    def withheld(self) -> tuple[int, ...]:
+        """Indices of images that were drawn and not sent."""
+        return tuple(v.image_index for v in self.safety if not v.allowed and v.image_index is not None)
 
 
 GenerateEvent = Queued | Progress | Image | Done
@@ -277,6 +303,16 @@ def done_of(message: personalization_pb2.GenerateDone) -> Done:
         total_seconds=message.total_time.ToTimedelta() / timedelta(seconds=1),
         unknown_words=tuple(message.unknown_words),
         more_adapters={use.adapter: use.digest for use in message.more_adapters},
+        safety=tuple(
+            Verdict(
+                v.check,
+                v.allowed,
+                v.category,
+                v.score,
+                v.image_index if v.HasField("image_index") else None,
+            )
+            for v in message.safety
+        ),
     )
 
 

@@ -41,6 +41,7 @@ from mooring_server.jobs.batch_rows import (
 )
 from mooring_server.jobs.photos import encode_png
 from mooring_server.jobs.session import Handle, JobSession, Pixels
+from mooring_server.safety.policy import SafetyPolicy, Verdict, refusal, withheld
 from mooring_server.storage.models import Adapter, Document, DoneRow, JobState
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ class _Drawing:
     row: PinnedRow
     images: list[Pixels] = field(default_factory=list)
     handle: Handle[None] | None = None
+    verdicts: tuple[Verdict, ...] = ()
 
     def on_event(self, event: GenerationEvent) -> None:
         if isinstance(event, ImageReady):
@@ -92,10 +94,12 @@ class BatchJob:
         base: the resident base.
         engine: draws.
         adapters: loads them.
+        safety: what is checked of prompts and images.
     """
 
-    def __init__(self, base: BaseModel, engine: Drawer, adapters: Loader) -> None:
+    def __init__(self, base: BaseModel, engine: Drawer, adapters: Loader, safety: SafetyPolicy) -> None:
         self._base, self._engine, self._adapters = base, engine, adapters
+        self.safety = safety
 
     def run(self, session: JobSession) -> None:
         """Draw what is missing, write the manifest and finish the job.
@@ -134,6 +138,8 @@ class BatchJob:
     def submit(self, session: JobSession, drawing: _Drawing) -> None:
         """Hand a row to the engine. Raises what is wrong with it, and QUEUE_FULL."""
         row, tenant = drawing.row, session.job.tenant
+        # again, after submission: the policy may have become stricter since
+        drawing.verdicts = self.safety.require_prompts(tenant, [("prompt", row.prompt)])
         uses = []
         for pinned in row.adapters:
             record = session.store.get_adapter(tenant, pinned.adapter, pinned.version)
@@ -240,18 +246,29 @@ class _Run:
             )
             self._record_error(row, fault)
             return
-        self._record_image(row, drawing.images[0])
+        try:
+            verdicts = self._work.safety.judge_image(self._session.job.tenant, drawing.images[0])
+        except MooringError as error:
+            self._record_error(row, error)
+            return
+        drawing.verdicts += verdicts
+        refused = refusal(verdicts)
+        if refused is not None:
+            self._record_error(row, withheld(refused), drawing.verdicts)
+        else:
+            self._record_image(row, drawing.images[0], drawing.verdicts)
 
-    def _record_image(self, row: PinnedRow, pixels: Pixels) -> None:
+    def _record_image(self, row: PinnedRow, pixels: Pixels, verdicts: Sequence[Verdict]) -> None:
         data = encode_png(Image.fromarray(pixels))
         sha256 = hashlib.sha256(data).hexdigest()
         key = image_key(self._session.job.job_id, row.row, sha256)
         self._session.persist(lambda: self._session.objects.put(key, data))
-        self._record(row, {"file": filename_of(row.row), "sha256": sha256, "size_bytes": len(data)})
+        image = {"file": filename_of(row.row), "sha256": sha256, "size_bytes": len(data)}
+        self._record(row, image | _told(verdicts))
 
-    def _record_error(self, row: PinnedRow, error: MooringError) -> None:
+    def _record_error(self, row: PinnedRow, error: MooringError, verdicts: Sequence[Verdict] = ()) -> None:
         self._failed += 1
-        self._record(row, {"error": error_document(error)})
+        self._record(row, {"error": error_document(error)} | _told(verdicts))
 
     def _record(self, row: PinnedRow, outcome: Document) -> None:
         session, job = self._session, self._session.job
@@ -275,6 +292,11 @@ class _Run:
             }
         )
         self._session.write_notes(final=done == self._total)
+
+
+def _told(verdicts: Sequence[Verdict]) -> Document:
+    """The verdicts as the manifest has them; nothing where nothing was checked."""
+    return {"safety": [verdict.to_json() for verdict in verdicts]} if verdicts else {}
 
 
 def _all_done(session: JobSession) -> list[DoneRow]:

@@ -31,6 +31,7 @@ from mooring_server.jobs.batch_job import BatchJob, Drawer, Loader
 from mooring_server.jobs.evaluate_job import EvaluateJob
 from mooring_server.jobs.session import JobSession, SessionObserver, Stop, StoppedError, Submitter, Timing
 from mooring_server.jobs.train_job import TrainJob
+from mooring_server.safety.policy import SafetyPolicy
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, JobState
 from mooring_server.storage.objects import ObjectStore
@@ -94,6 +95,7 @@ class JobRunner:
         observer: receives numbers.
         drawer: draws the rows of batches; the engine again.
         adapters: loads what they use. Without both, batches are left to other runners.
+        safety: what is checked of their prompts and images; None for nothing.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class JobRunner:
         observer: RunnerObserver | None = None,
         drawer: Drawer | None = None,
         adapters: Loader | None = None,
+        safety: SafetyPolicy | None = None,
     ) -> None:
         self._store, self._objects, self._engine = store, objects, engine
         self._settings = settings = settings or RunnerSettings()
@@ -119,7 +122,7 @@ class JobRunner:
             "evaluate": EvaluateJob(base, bank, judges, settings.prompts),
         }
         if drawer is not None and adapters is not None:
-            self._works["batch"] = BatchJob(base, drawer, adapters)
+            self._works["batch"] = BatchJob(base, drawer, adapters, safety or SafetyPolicy())
         self._wakes = {kind: threading.Event() for kind in self._works}
         self._stopping = threading.Event()
         self._lock = threading.Lock()

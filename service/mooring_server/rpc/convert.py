@@ -13,6 +13,7 @@ from mooring.v1 import (
     evaluation_pb2,
     job_pb2,
     media_pb2,
+    personalization_pb2,
     subject_pb2,
     training_pb2,
 )
@@ -20,6 +21,7 @@ from mooring.v1 import (
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import convert_gate, names, status
 from mooring_server.rpc.times import timestamp
+from mooring_server.safety.policy import Verdict
 from mooring_server.storage.models import (
     Adapter,
     Document,
@@ -368,6 +370,17 @@ def progress(document: Document, previews: Callable[[str], bytes] | None = None)
             )
         )
     return made
+
+
+def verdict(found: Verdict, image_index: int | None = None) -> personalization_pb2.SafetyVerdict:
+    """What a content check found of the prompts, or of an image."""
+    return personalization_pb2.SafetyVerdict(
+        check=found.check,
+        allowed=found.allowed,
+        category=found.category,
+        score=found.score,
+        image_index=image_index,
+    )
 
 
 def batch_row(done: DoneRow, row_count: int, image: bytes) -> batch_pb2.BatchRow:

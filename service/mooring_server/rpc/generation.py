@@ -27,6 +27,7 @@ from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.rpc import facts, names
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Runtime, find_adapter
+from mooring_server.safety.policy import Verdict
 
 MAX_PROMPT_CHARACTERS = 8192
 """Longer prompts are refused before they are tokenized: no text encoder takes a fraction of it."""
@@ -43,11 +44,13 @@ class Prepared:
     Attributes:
         adapters: names of the adapter versions, in the order of the request's; empty for the base alone.
         unknown_words: words of both prompts that mean nothing to the base, in order.
+        verdicts: what the content checks found of the prompt.
     """
 
     request: GenerationRequest
     adapters: tuple[str, ...] = ()
     unknown_words: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
     def used(self) -> list[pb.UsedAdapter]:
         """Name and digest of each adapter."""
@@ -111,7 +114,8 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
         digests=[use.weights.digest for use in request.adapters],
     )
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
-    return Prepared(request, tuple(name for name, _ in found), tuple(unknown))
+    verdicts = runtime.safety.require_prompts(tenant, [("prompt", request.prompt)])
+    return Prepared(request, tuple(name for name, _ in found), tuple(unknown), verdicts)
 
 
 def _wanted(message: pb.GenerateRequest) -> list[tuple[str, pb.AdapterUse]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from mooring_server.rpc import batches, caller, convert, facts, generation, imag
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, find_adapter, require_no_drain
+from mooring_server.safety.policy import refusal
 from mooring_server.storage.models import Job, Subject
 from mooring_server.storage.subjects import MAX_PHOTOS
 from mooring_server.training.config import PRESETS, Method, TrainConfig
@@ -71,16 +72,19 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         runtime, watch, tenant = self._runtime(), Stopwatch.start(), caller.tenant()
         deadline = generation.deadline_of(context)
         prepared = await asyncio.to_thread(generation.prepare, runtime, tenant, request)
+        # an unfinished image cannot be judged, and must not show what the finished one may not
+        previews = not runtime.safety.checks_images(tenant)
+        judged = [convert.verdict(verdict) for verdict in prepared.verdicts]
         events = generation.draw(runtime, prepared, tenant=tenant, deadline=deadline)
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    for chunk in await _chunks(runtime, event):
+                    for chunk in await _chunks(runtime, tenant, event, judged):
                         yield pb.GenerateResponse(image=chunk)
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch, TaskClass.INTERACTIVE)
                     progress = pb.GenerateProgress(step=event.step, steps=event.steps)
-                    if event.preview is not None:
+                    if event.preview is not None and previews:
                         progress.previews.append(await asyncio.to_thread(images.preview, event.preview))
                     yield pb.GenerateResponse(progress=progress)
                 else:
@@ -88,7 +92,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         finally:
             await events.aclose()  # type: ignore[attr-defined]
         runtime.metrics.steps.inc(_steps(prepared))
-        yield pb.GenerateResponse(done=_done(runtime, prepared, watch))
+        yield pb.GenerateResponse(done=_done(runtime, prepared, watch, judged))
 
     async def GenerateBatch(  # type: ignore[override]  # the stubs know handlers that yield only
         self, request_iterator: AsyncIterator[pb.GenerateBatchRequest], context: Context
@@ -151,6 +155,7 @@ async def _batch_results(
 ) -> AsyncIterator[list[pb.GenerateBatchResponse]]:
     watch = Stopwatch.start()
     prepared = await asyncio.to_thread(generation.prepare, runtime, tenant, message.request)
+    judged = [convert.verdict(verdict) for verdict in prepared.verdicts]
     pauses = iter(_BUSY_PAUSES)
     pause = 0.0
     while True:
@@ -159,7 +164,7 @@ async def _batch_results(
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    chunks = await _chunks(runtime, event)
+                    chunks = await _chunks(runtime, tenant, event, judged)
                     yield [pb.GenerateBatchResponse(id=message.id, image=chunk) for chunk in chunks]
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch, TaskClass.BATCH)
@@ -173,11 +178,19 @@ async def _batch_results(
         finally:
             await events.aclose()  # type: ignore[attr-defined]
     runtime.metrics.steps.inc(_steps(prepared))
-    yield [pb.GenerateBatchResponse(id=message.id, done=_done(runtime, prepared, watch))]
+    yield [pb.GenerateBatchResponse(id=message.id, done=_done(runtime, prepared, watch, judged))]
 
 
-async def _chunks(runtime: Runtime, event: ImageReady) -> list[media_pb2.ImageChunk]:
-    """A finished image as messages, counted; the picture is compressed off the event loop."""
+async def _chunks(
+    runtime: Runtime, tenant: str, event: ImageReady, judged: list[pb.SafetyVerdict]
+) -> list[media_pb2.ImageChunk]:
+    """A finished image as messages, counted; none when it is withheld. Judged and compressed off the loop."""
+    if runtime.safety.checks_images(tenant):
+        verdicts = await asyncio.to_thread(runtime.safety.judge_image, tenant, event.image)
+        judged += [convert.verdict(verdict, event.index) for verdict in verdicts]
+        if refusal(verdicts) is not None:
+            facts.add("images_withheld", 1)
+            return []
     chunks = await asyncio.to_thread(images.image_chunks, event.index, event.seed, event.image)
     runtime.metrics.images.inc()
     facts.add("images", 1)
@@ -272,6 +285,8 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         wanted = replace(wanted, prompts=tuple(fitting) or wanted.prompts[:1])
     _within("config", wanted.validate)
     for name in ("prompts", "generic_prompts"):
+        asked = [(f"config.{name}[{index}]", prompt) for index, prompt in enumerate(given.get(name, ()))]
+        runtime.safety.require_prompts(tenant, asked)
         for index, prompt in enumerate(getattr(wanted, name)):
             runtime.base.require_prompt_fits(
                 wanted.adapted_prompt(prompt), learned, field=f"config.{name}[{index}]"
@@ -327,7 +342,9 @@ def _steps(prepared: Prepared) -> int:
     return prepared.request.steps * prepared.request.count
 
 
-def _done(runtime: Runtime, prepared: Prepared, watch: Stopwatch) -> pb.GenerateDone:
+def _done(
+    runtime: Runtime, prepared: Prepared, watch: Stopwatch, judged: Sequence[pb.SafetyVerdict]
+) -> pb.GenerateDone:
     used = prepared.used()
     return pb.GenerateDone(
         images=prepared.request.count,
@@ -338,6 +355,7 @@ def _done(runtime: Runtime, prepared: Prepared, watch: Stopwatch) -> pb.Generate
         queue_time=_duration(watch.queued),
         total_time=_duration(watch.total),
         unknown_words=prepared.unknown_words,
+        safety=judged,
     )
 
 

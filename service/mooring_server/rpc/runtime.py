@@ -16,6 +16,7 @@ from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.rpc.edge import Gate
 from mooring_server.rpc.names import Resolved
 from mooring_server.rpc.quotas import DeviceTime, Quotas
+from mooring_server.safety.policy import SafetyPolicy
 from mooring_server.storage.models import Adapter
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
@@ -29,6 +30,7 @@ class Runtime:
     Attributes:
         quotas: rates and queue depths of tenants.
         device_time: engine time of tenants.
+        safety: what is checked of prompts and images.
         base_name: the base model's name to show.
         judges_available: whether evaluation jobs can run.
         prompts: what evaluations draw that name nothing.
@@ -45,6 +47,7 @@ class Runtime:
     engine: Engine
     adapters: AdapterTiers
     decoders: DecoderPool
+    safety: SafetyPolicy
     quotas: Quotas
     device_time: DeviceTime
     base_name: str

@@ -647,8 +647,9 @@ class GenerateDone(_message.Message):
     TOTAL_TIME_FIELD_NUMBER: _builtins.int
     UNKNOWN_WORDS_FIELD_NUMBER: _builtins.int
     MORE_ADAPTERS_FIELD_NUMBER: _builtins.int
+    SAFETY_FIELD_NUMBER: _builtins.int
     images: _builtins.int
-    """Images drawn."""
+    """Images drawn, withheld ones included."""
     adapter: _builtins.str
     """The adapter version that was used. Empty: the base alone."""
     adapter_digest: _builtins.str
@@ -673,6 +674,12 @@ class GenerateDone(_message.Message):
     def more_adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsedAdapter]:
         """The other adapter versions that were used, in the order of the request's `more_adapters`."""
 
+    @_builtins.property
+    def safety(self) -> _containers.RepeatedCompositeFieldContainer[Global___SafetyVerdict]:
+        """What the server's content checks found, of the prompts first, then of the images in order. An image whose verdict
+        is not `allowed` was withheld: none of its chunks was sent. Empty: nothing was checked.
+        """
+
     def __init__(
         self,
         *,
@@ -684,14 +691,55 @@ class GenerateDone(_message.Message):
         total_time: _duration_pb2.Duration | None = ...,
         unknown_words: _abc.Iterable[_builtins.str] | None = ...,
         more_adapters: _abc.Iterable[Global___UsedAdapter] | None = ...,
+        safety: _abc.Iterable[Global___SafetyVerdict] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["queue_time", b"queue_time", "total_time", b"total_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "more_adapters", b"more_adapters", "queue_time", b"queue_time", "total_time", b"total_time", "unknown_words", b"unknown_words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "adapter_digest", b"adapter_digest", "base_digest", b"base_digest", "images", b"images", "more_adapters", b"more_adapters", "queue_time", b"queue_time", "safety", b"safety", "total_time", b"total_time", "unknown_words", b"unknown_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateDone: _TypeAlias = GenerateDone  # noqa: Y015
+
+@_typing.final
+class SafetyVerdict(_message.Message):
+    """What one content check found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECK_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    CATEGORY_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    IMAGE_INDEX_FIELD_NUMBER: _builtins.int
+    check: _builtins.str
+    """Name of the check: "phrases" of the prompts, "classifier" of an image."""
+    allowed: _builtins.bool
+    """Whether what was checked may pass."""
+    category: _builtins.str
+    """What kind of content refused it. Empty: allowed."""
+    score: _builtins.float
+    """How sure the check is of content to refuse, 0 to 1."""
+    image_index: _builtins.int
+    """Which image of the request, from 0. Absent: the prompts."""
+    def __init__(
+        self,
+        *,
+        check: _builtins.str = ...,
+        allowed: _builtins.bool = ...,
+        category: _builtins.str = ...,
+        score: _builtins.float = ...,
+        image_index: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_image_index", b"_image_index", "image_index", b"image_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_image_index", b"_image_index", "allowed", b"allowed", "category", b"category", "check", b"check", "image_index", b"image_index", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__image_index: _TypeAlias = _typing.Literal["image_index"]  # noqa: Y015
+    _WhichOneofArgType__image_index: _TypeAlias = _typing.Literal["_image_index", b"_image_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_index) -> _WhichOneofReturnType__image_index | None: ...
+
+Global___SafetyVerdict: _TypeAlias = SafetyVerdict  # noqa: Y015
 
 @_typing.final
 class UsedAdapter(_message.Message):
