@@ -21,14 +21,14 @@ def prometheus() -> str:
     return program("prometheus")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worked(tiny_sd15: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worked]:
     """A server that has done every kind of work, and does some of it still."""
     with worked_server(tiny_sd15, tmp_path_factory.mktemp("worked")) as worked:
         yield worked
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def canonical_lines(worked: Worked) -> list[dict[str, Any]]:
     """The canonical log lines of what was done."""
     return [line for line in worked.lines() if line["event"] == "rpc"]

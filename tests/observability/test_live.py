@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
-from expressions import RULES, Expression, panel_expressions, rule_expressions, rules
+from expressions import RULES, Expression, panel_expressions, panels, rule_expressions, rules
 from worked_server import DEADLINE
 
 NEEDS_AN_EVENT = {
@@ -169,3 +169,17 @@ def test_an_alert_fires_and_clears(live, worked):
     finally:
         os.kill(worked.process.pid, signal.SIGCONT)
     until("MooringDown clears", lambda: "MooringDown" not in live.firing())
+
+
+def test_logs_panels_read_fields_that_the_canonical_line_has(canonical_lines):
+    fields = set().union(*canonical_lines)
+    used = set()
+    for where, target in panels("loki"):
+        selector, _, pipeline = target["expr"].partition("| json")
+        assert '{app="mooring"}' in selector, where
+        used |= set(re.findall(r"\| (\w+)\s*(?:=|!=|>)", pipeline)) | set(
+            re.findall(r"unwrap (\w+)", pipeline)
+        )
+        used |= {name for by in re.findall(r"by \(([^)]*)\)", selector) for name in by.split(", ")}
+    assert {"tenant", "images", "queue_seconds", "reason", "adapter_digest"} <= used
+    assert used <= fields
