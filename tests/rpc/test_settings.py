@@ -76,7 +76,7 @@ def test_metrics_can_be_off_but_the_server_needs_an_address():
         {"training_share": 1.0},
         {"training_share": -0.1},
         {"dtype": "int8"},
-        {"targets": "all"},
+        {"targets": "everything"},
         {"lease_seconds": 0.5},
         {"max_queue": 0},
         {"nonsense": 1},

@@ -220,7 +220,7 @@ def _batch_image(runtime: Runtime, job: Job, filename: str) -> Document | None:
 def _row_image(runtime: Runtime, job: Job, row: DoneRow) -> bytes:
     """The bytes of a done row's image; none for a row with an error."""
     sha256 = row.record.get("sha256")
-    return runtime.objects.get(image_key(job.job_id, row.row, sha256)) if sha256 else b""
+    return _stored(runtime, image_key(job.job_id, row.row, sha256)) if sha256 else b""
 
 
 def _stored_json(runtime: Runtime, key: str) -> Document:
