@@ -333,7 +333,8 @@ def test_a_deleted_adapter_leaves_memory_and_disk(base, store, make_tiers, tmp_p
 
 
 def test_memory_stays_flat_over_swaps(base, bank, make_tiers):
-    psutil = pytest.importorskip("psutil")
+    import psutil  # accelerate brings it
+
     tiers = make_tiers(rows=6)
     packed = [tiers.get(Record(f"k{seed}", base.digest)) for seed in range(6)]
 
