@@ -187,7 +187,8 @@ def test_bad_files_are_refused_by_name_and_nothing_is_stored(stubs, runtime, goo
         (save(tensors | {key: torch.ones(tensors[key].shape, dtype=torch.int8)}), unmatched, "I8"),
         (good[:-10], unmatched, "declares"),
         (b"PK\x03\x04" + b"\0" * 100, unsupported, "pickle"),
-        (save({"unet.conv_in.lora_A.weight": torch.ones(4, 4, 3, 3)}), unsupported, "unet.conv_in"),
+        (save({"unet.conv_in.lora_A.weight": torch.ones(4, 4, 3, 3)}), unmatched, "unet.conv_in"),
+        (save(tensors | {f"{path}.lora_magnitude_vector": torch.ones(3)}), unsupported, "magnitude"),
         (export_diffusers(AdapterWeights("", 9, wide))[LORA_FILE], "ADAPTER_RANK_TOO_LARGE", "rank 9"),
         (to_safetensors(other), "BASE_DIGEST_MISMATCH", "sha256:000"),
     ):  # fmt: skip
