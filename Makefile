@@ -17,6 +17,8 @@ PYTHON  ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 
 # step takes 16 times as long. The server chooses its own thread count (MOORING_THREADS).
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST_ARGS ?=
+# Whole files go to one worker, so that a file's tests share its servers; a worker needs 2 GB.
+PYTEST_WORKERS ?= -n auto --maxprocesses=4 --dist loadfile
 
 # uv does not read pip's settings: an index that pip was pointed at by its environment is handed on.
 ifdef PIP_INDEX_URL
@@ -50,10 +52,10 @@ demo: $(STAMP) ## train none and moored on the shipped photos, compare with the 
 	@$(BIN)/mooring demo
 
 test: lint go ## linters, types, the Go client and every test that is not slow
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-all: lint go ## the same with the slow tests
-	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # The Go client's tests start the server of .venv. Where Go is missing they are not run, and that is said: unless
 # MOORING_TEST_GO=require, which continuous integration sets. The race detector needs a C compiler.

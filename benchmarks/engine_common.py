@@ -63,9 +63,9 @@ def not_measured(base: str = "sdxl") -> Row:
     return Row(f"{base.upper()} shapes on a GPU", None, None, None, extra={"how": "not measured"})
 
 
-def gpu_note(module: str) -> str:
+def gpu_note(module: str, base: str = "sdxl") -> str:
     """How to measure on a GPU."""
-    return f"GPU: python -m benchmarks.{module} --base sdxl --device cuda --dtype bfloat16 --save"
+    return f"GPU: python -m benchmarks.{module} --base {base} --device cuda --dtype bfloat16 --save"
 
 
 # ---------------------------------------------------------------------- adapters and requests

@@ -96,7 +96,7 @@ def main() -> None:
         result_name("interference", options),
         f"Interactive requests beside a training job on {options.base}, {options.device}, {options.dtype}",
         rows,
-        notes=(*NOTES, gpu_note("interference")),
+        notes=(*NOTES, gpu_note("interference", "dinghy")),
         summary={
             "offered at half load [images/s]": without["half load"].outcome.offered,
             "device busy at half load, without / with": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mooring_server.dinghy.muon import Muon, orthogonal
+from mooring_server.dinghy.muon import Muon, _directly, _through_gram, orthogonal
 from torch import nn
 
 
@@ -23,6 +23,15 @@ def test_singular_vectors_stay_and_values_come_near_one(shape):
     assert largest.min() > 0.5
     assert values.max() < 1.3
     assert (found - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+def test_a_wide_matrix_iterates_through_its_gram_matrix_to_the_same():
+    """Also where singular values range over seven decades, as a momentum's do."""
+    u, _, vh = torch.linalg.svd(_draw(2, 48, 400).double(), full_matrices=False)
+    x = (u * torch.logspace(-7, -0.5, 48, dtype=torch.float64)) @ vh
+    exact = _directly(x)
+    assert (_through_gram(x.float()).double() - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert exact.abs().max() > 0.01
 
 
 def test_a_matrix_of_zeros_stays_one():

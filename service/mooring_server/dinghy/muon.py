@@ -1,8 +1,10 @@
 """Muon (Jordan et al., 2024) for matrices: the momentum's nearest semi-orthogonal matrix is the update.
 
-The same update as `torch.optim.Muon`, with two differences that its use here needs. Newton-Schulz runs in a
+The same update as `torch.optim.Muon`, with three differences that its use here needs. Newton-Schulz runs in a
 dtype that the device computes in: torch's runs in bfloat16 everywhere, which some processors emulate, and
-then 15 s of an 18 s training step are the optimiser's. And matrices of one shape are one batch.
+then 15 s of an 18 s training step are the optimiser's. Matrices of one shape are one batch. And where float32
+allows it, a wide matrix X is iterated through its small Gram matrix: every iterate is p(XXᵀ)X for a polynomial p,
+so only the first and the last product have X's width.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic; chosen by Muon's authors for the largest slope at zero, not for convergence to one."""
 ITERATIONS = 5
+GRAM_FROM = 1.5
+"""Columns by rows from which the Gram matrix's way needs fewer operations."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -71,11 +75,36 @@ def orthogonal(matrices: Tensor, eps: float = 1e-7) -> Tensor:
         matrices: `[n, rows, columns]`.
         eps: keeps a matrix of zeros one.
     """
-    a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(eps)  # the spectral norm is at most one then
+    wide = x.shape[-1] > GRAM_FROM * x.shape[-2] and x.dtype == torch.float32
+    x = _through_gram(x) if wide else _directly(x)
+    return x.mT if tall else x
+
+
+def _directly(x: Tensor) -> Tensor:
+    """The iteration as published: 20·m²n + 10·m³ operations for x `[…, m, n]`."""
+    a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _through_gram(x: Tensor) -> Tensor:
+    """The same by G ← QGQ and P ← QP with Q = aI + bG + cG²; then Px. 4·m²n + 34·m³ operations.
+
+    A Gram matrix knows a singular value below 1e-4 of the largest as rounding only. There Q is aI either way, so
+    what the iteration makes of such a value is right nevertheless. In bfloat16 that would be below 1e-1.
+    """
+    a, b, c = COEFFICIENTS
+    gram = x @ x.mT
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    product = identity.expand_as(gram)
+    for iteration in range(ITERATIONS):
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = step @ product if iteration else step
+        if iteration + 1 < ITERATIONS:
+            gram = step @ gram @ step
+    return product @ x
