@@ -3,8 +3,8 @@
 The same update as `torch.optim.Muon`, with three differences that its use here needs. Newton-Schulz runs in a
 dtype that the device computes in: torch's runs in bfloat16 everywhere, which some processors emulate, and
 then 15 s of an 18 s training step are the optimiser's. Matrices of one shape are one batch. And where float32
-allows it, a wide matrix X is iterated through its small Gram matrix: every iterate is p(XXᵀ)X for a polynomial p,
-so only the first and the last product have X's width.
+allows it, a wide matrix X is iterated through its small Gram matrix: every iterate is p(XXᵀ)X for a
+polynomial p, so only the first and the last product have X's width.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _directly(x: Tensor) -> Tensor:
 def _through_gram(x: Tensor) -> Tensor:
     """The same by G ← QGQ and P ← QP with Q = aI + bG + cG²; then Px. 4·m²n + 34·m³ operations.
 
-    A Gram matrix knows a singular value below 1e-4 of the largest as rounding only. There Q is aI either way, so
-    what the iteration makes of such a value is right nevertheless. In bfloat16 that would be below 1e-1.
+    A Gram matrix knows a singular value below 1e-4 of the largest as rounding only. There Q is aI either way,
+    so what the iteration makes of such a value is right nevertheless. In bfloat16 that would be below 1e-1.
     """
     a, b, c = COEFFICIENTS
     gram = x @ x.mT
