@@ -18,7 +18,14 @@ from mooring_server.cli_keys import keys
 from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
 from mooring_server.cli_output import EXIT_CODE_HELP, err, errors_shown, out
 from mooring_server.cli_resources import adapters, jobs, subjects
-from mooring_server.cli_server import RunningServer, announced, connect, read_settings, resolve_state_dir
+from mooring_server.cli_server import (
+    RunningServer,
+    announced,
+    connect,
+    read_settings,
+    resolve_state_dir,
+    stop_when_abandoned,
+)
 from mooring_server.cli_storage import backup, db, gc, restore
 
 app = typer.Typer(
@@ -118,6 +125,8 @@ def serve(
             # two threads that wait passively are slower than one (docs/decisions.md)
             os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
             os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries have no place in a log
+            if embedded:
+                stop_when_abandoned(settings.state_dir)
             import asyncio
 
             from mooring_server import server as server_module

@@ -3,7 +3,8 @@
 A server writes `server.json` into its state directory while it runs. A command without `--server` looks there
 first; finding none it starts a server as a subprocess and stops it when the last command that uses it is
 done. Who uses it is known by shared file locks, which the system drops with their process, so that no command
-stops a server that another one needs.
+stops a server that another one needs. A command that was killed stops nothing: then its server sees that
+nobody holds a lock any more, and stops by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,6 +257,29 @@ def _stop_if_last(running: RunningServer, users: IO[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(running.pid, signal.SIGTERM)
         _wait_for_exit(running.pid, 60.0)
+
+
+def stop_when_abandoned(state_dir: Path, every: float = 2.0) -> None:
+    """End this process as SIGTERM does once no command uses its state directory; returns at once.
+
+    The lock that shows it is kept: a command that begins meanwhile waits for this server's end and starts
+    another.
+
+    Args:
+        state_dir: of this embedded server.
+        every: seconds between two looks.
+    """
+    users = (state_dir / "server.users").open("ab")
+
+    def watch() -> None:
+        while True:
+            time.sleep(every)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    threading.Thread(target=watch, name="mooring-abandoned", daemon=True).start()
 
 
 def _wait_for_exit(pid: int, seconds: float) -> None:

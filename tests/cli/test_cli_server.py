@@ -109,6 +109,29 @@ def test_two_commands_share_one_server_and_the_last_one_stops_it(tmp_path: Path)
     assert starts(tmp_path) == 1
 
 
+def test_a_server_whose_command_was_killed_stops_by_itself(tmp_path: Path) -> None:
+    watching = FAKE_SERVER.replace(
+        "with announced", "cli_server.stop_when_abandoned(folder, 0.05)\nwith announced"
+    ).replace("import os,", "from mooring_server import cli_server\nimport os,")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom mooring_server import cli_server\n"
+        f"cli_server.server_command = lambda f, _: [sys.executable, '-c', {watching!r}, str(f)]\n"
+        "with cli_server.connect('', Path(sys.argv[1])):\n"
+        "    print('in', flush=True)\n    sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"in\n"
+        time.sleep(0.3)  # several looks while the command lives
+        assert read_record(tmp_path) is not None
+        user.kill()
+    wait_for(lambda: read_record(tmp_path) is None)
+    assert not record_path(tmp_path).exists(), "it drained as on SIGTERM"
+    with connect("", tmp_path):
+        assert starts(tmp_path) == 2
+
+
 def test_the_record_of_a_killed_server_counts_as_none(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", FAKE_SERVER, str(tmp_path)])
     wait_for(lambda: read_record(tmp_path) is not None)
