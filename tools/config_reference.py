@@ -32,7 +32,8 @@ _HEAD = f"""# Configuration
 Every setting is an environment variable of `mooring serve`; the few that one changes by hand are options of
 the command too, and an option wins. A value that is not allowed ends the start with one line that names it.
 Lists and maps are written in JSON, where nothing else is said. [operations.md](operations.md) tells how to
-run the server.
+run the server. Two things are set by the variables of their own standards, which work here as everywhere:
+[traces](operations.md#traces) by `OTEL_*`, a [bucket's](operations.md#a-bucket) credentials by `AWS_*`.
 
 | variable | option | values | default | what |
 |---|---|---|---|---|

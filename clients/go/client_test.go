@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -121,6 +122,33 @@ func TestTheEnvironmentIsAnOption(t *testing.T) {
 	t.Setenv("MOORING_CLIENT_KEY", certs(t).client.key)
 	if err := call(); err == nil {
 		t.Error("half a client certificate was taken")
+	}
+}
+
+// telling stands for OpenTelemetry's stats handler: it too puts the trace of a call into its metadata.
+type telling struct{ traceparent string }
+
+func (t telling) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, "traceparent", t.traceparent)
+}
+func (telling) HandleRPC(context.Context, stats.RPCStats)                         {}
+func (telling) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context.Context { return ctx }
+func (telling) HandleConn(context.Context, stats.ConnStats)                       {}
+
+func TestAStatsHandlerIsADialOption(t *testing.T) {
+	var seen []string
+	s := &scripted{info: func(ctx context.Context) (*mooringv1.GetServerInfoResponse, error) {
+		md, _ := metadata.FromIncomingContext(ctx)
+		seen = md.Get("traceparent")
+		return answered(ctx)
+	}}
+	wanted := "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+	client := serve(t, s, mooring.WithDialOptions(grpc.WithStatsHandler(telling{wanted})))
+	if _, err := client.ServerInfo(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(seen, []string{wanted}) {
+		t.Error(seen)
 	}
 }
 

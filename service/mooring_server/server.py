@@ -71,7 +71,7 @@ from mooring_server.safety.policy import ImageCheck, PromptCheck, SafetyPolicy
 from mooring_server.storage.buckets import open_objects
 from mooring_server.storage.garbage import Retention
 from mooring_server.storage.store import Store
-from mooring_server.telemetry import logs
+from mooring_server.telemetry import logs, traces
 from mooring_server.telemetry.audit_watch import AuditWatch
 from mooring_server.telemetry.metrics import Metrics
 from mooring_server.telemetry.observer import MetricsObserver
@@ -81,6 +81,9 @@ log = logs.get_logger("mooring.server")
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_CONCURRENT_CALLS = 512
 _CLOSING_GRACE_SECONDS = 0.5
+_LEAST_FLUSH_SECONDS = 1.0
+_MOST_FLUSH_SECONDS = 5.0
+"""Bounds of the time that the last spans get, which is what the drain has left."""
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in (
@@ -123,6 +126,7 @@ class Server:
         self.health_target = ""
         self._version = version("mooring-server")
         self._metrics = Metrics(self._version)
+        self._tracing = traces.Tracing()
         self._gate = Gate()
         self._runtime: Runtime | None = None
         self._store: Store | None = None
@@ -147,11 +151,12 @@ class Server:
         """Listen, load the base model, take calls.
 
         Raises:
-            MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use or a
-                certificate that cannot be used.
+            MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use, a
+                certificate that cannot be used, or traces by a protocol that is not gRPC.
         """
         started = time.monotonic()
         try:
+            self._tracing = traces.from_environment(self._version)
             # the store first: whoever calls while the base is loaded is told so only when it may know
             store = await asyncio.to_thread(self._open_store)
             await self._listen(store)
@@ -175,11 +180,13 @@ class Server:
             metrics=self.metrics_url,
             base=self.runtime.base_name,
             base_digest=self.runtime.base.digest,
+            tracing=self._tracing.on,
             seconds=round(time.monotonic() - started, 2),
         )
 
     async def stop(self) -> None:
         """Drain and close; see the module. Safe after a failed start."""
+        began = time.monotonic()
         log.info("draining", calls=self._gate.in_flight)
         self._metrics.ready.set(0)
         await self._health.enter_graceful_shutdown()
@@ -198,6 +205,9 @@ class Server:
         if self._authenticator is not None:
             await self._authenticator.close()
         await asyncio.to_thread(self._close)
+        left = self.settings.drain_pause_seconds + self.settings.drain_seconds - (time.monotonic() - began)
+        patience = min(max(left, _LEAST_FLUSH_SECONDS), _MOST_FLUSH_SECONDS)  # with a collector that hangs
+        await asyncio.to_thread(self._tracing.close, patience)
         log.info("stopped")
 
     # ------------------------------------------------------------------ listening
@@ -232,7 +242,7 @@ class Server:
             authenticator, self._quotas, partial(permissions.rule_of, reflection=reflecting), denied
         )
         server = grpc.aio.server(
-            interceptors=[EdgeInterceptor(self._metrics, self._gate, access)],
+            interceptors=[EdgeInterceptor(self._metrics, self._gate, access, self._tracing)],
             options=_OPTIONS,
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
@@ -373,6 +383,7 @@ class Server:
             drawer=engine,
             adapters=adapters,
             safety=safety,
+            tracing=self._tracing,
         )
         if settings.gc_interval_seconds:
             retention = Retention(
@@ -397,6 +408,7 @@ class Server:
         self._runtime = Runtime(
             settings=settings,
             metrics=self._metrics,
+            tracing=self._tracing,
             gate=self._gate,
             store=store,
             objects=objects,

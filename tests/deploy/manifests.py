@@ -13,6 +13,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 OVERLAYS = sorted(path.parent for path in (KUBERNETES / "overlays").glob("*/kustomization.yaml"))
+OPTIONAL = KUBERNETES / "components" / "tracing"
+"""A component that no overlay of ours has."""
 CRD = Path(__file__).parent / "servicemonitor.crd.yaml"
 VERSIONS = ("1.30", "1.36")
 """The oldest Kubernetes that the manifests are for, and the newest that was tried."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import kubernetes_validate
 import pytest
 import yaml
 from jsonschema import ValidationError
-from manifests import KUBERNETES, OVERLAYS, ROOT, VERSIONS, Overlay, check
+from manifests import KUBERNETES, OPTIONAL, OVERLAYS, ROOT, VERSIONS, Overlay, check
 from mooring_server.config import Settings
 from mooring_server.rpc.probes import LIVE
+from mooring_server.telemetry import traces
+
+from tools import kube_apiserver
 
 # beside the two that can be set: what closing sockets, the engine and the store may take
 CLOSING_SECONDS = 10.0
@@ -22,8 +26,6 @@ DOCUMENT = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 
 def settings_of(overlay: Overlay, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The settings that a pod's environment makes."""
-    import os
-
     for name in list(os.environ):
         if name.startswith("MOORING_"):
             monkeypatch.delenv(name)
@@ -252,6 +254,32 @@ def test_selectors_find_the_pods_and_ports_exist(overlay):
         assert len(scraped) == 1, "each pod once"
 
 
+def test_traces_find_a_way_out_to_the_collector_that_is_named(tmp_path, monkeypatch):
+    wanted = {
+        "resources": [os.path.relpath(KUBERNETES / "overlays" / "single-gpu", tmp_path)],
+        "components": [os.path.relpath(OPTIONAL, tmp_path)],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    overlay = Overlay("own", [each for each in yaml.safe_load_all(kube_apiserver.render(tmp_path)) if each])
+    for document in overlay.objects:
+        check(document, VERSIONS[-1])
+    variables = {name: value for name, value in overlay.environment.items() if name.startswith("OTEL_")}
+    host, _, port = variables["OTEL_EXPORTER_OTLP_ENDPOINT"].removeprefix("http://").partition(":")
+    (rule,) = overlay.one("NetworkPolicy", "mooring-traces")["spec"]["egress"]
+    assert [each["port"] for each in rule["ports"]] == [int(port)]
+    (peer,) = rule["to"]
+    names = peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    assert host == f"otel-collector.{names}"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    tracing = traces.from_environment("0")
+    assert tracing.on
+    tracing.close(1.0)
+    commented = (KUBERNETES / "base" / "kustomization.yaml").read_text(encoding="utf-8")
+    for name, value in variables.items():
+        assert f"# - {name}={value}\n" in commented
+
+
 # ------------------------------------------------------------------------------------------------ operation
 
 
@@ -282,7 +310,7 @@ def test_a_changed_setting_replaces_the_pods(overlay):
 def test_every_file_of_kubernetes_is_used():
     listed = {path.relative_to(KUBERNETES).as_posix() for path in KUBERNETES.rglob("*.yaml")}
     used: set[str] = set()
-    waiting = list(OVERLAYS)
+    waiting = [*OVERLAYS, OPTIONAL]
     while waiting:
         folder = waiting.pop()
         content = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))

@@ -7,7 +7,16 @@ import sys
 
 import pytest
 
-HEAVY = ["torch", "diffusers", "transformers", "sqlalchemy", "numpy", "scipy", "mooring_kernels"]
+HEAVY = [
+    "torch",
+    "diffusers",
+    "transformers",
+    "sqlalchemy",
+    "numpy",
+    "scipy",
+    "mooring_kernels",
+    "opentelemetry",
+]
 
 
 def heavy_after(code: str) -> str:

@@ -17,6 +17,11 @@ from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.permissions import Permission, Rule
 from mooring_server.rpc.quotas import Quotas
 from mooring_server.telemetry.metrics import Metrics
+from mooring_server.telemetry.traces import Tracing
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import format_span_id, format_trace_id
 from rpc_calls import DEADLINE, read_failure
 
 SHAPES = ("unary", "client_stream", "server_stream", "bidi_stream")
@@ -73,7 +78,10 @@ async def edge():
     access = Access(
         authenticator, Quotas(lambda _tenant: Quota(), time.monotonic), lambda _: Rule(Permission.READ)
     )
-    server = grpc.aio.server(interceptors=[EdgeInterceptor(metrics, gate, access)])
+    provider, spans = TracerProvider(shutdown_on_exit=False), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracing = Tracing(provider.get_tracer("test"))
+    server = grpc.aio.server(interceptors=[EdgeInterceptor(metrics, gate, access, tracing)])
     make = {
         "unary": grpc.unary_unary_rpc_method_handler,
         "client_stream": grpc.stream_unary_rpc_method_handler,
@@ -86,7 +94,7 @@ async def edge():
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         await channel.channel_ready()  # no deadline shall run out on the way to the handler
-        yield SimpleNamespace(channel=channel, endings=endings, metrics=metrics, gate=gate)
+        yield SimpleNamespace(channel=channel, endings=endings, metrics=metrics, gate=gate, spans=spans)
     await server.stop(None)
 
 
@@ -156,6 +164,13 @@ async def test_every_end_of_every_shape_is_counted_once_with_its_code(edge, shap
     assert {name: count for name, count in counted.items() if count} == {expected.name: 1}
     assert sample(edge, "grpc_server_handling_seconds_count", shape) == 1
     assert edge.metrics.registry.get_sample_value("mooring_rpcs_in_flight") == 0
+    (span,) = edge.spans.get_finished_spans()
+    assert span.name == f"test.Endings/{shape}"
+    assert span.attributes["rpc.grpc.status_code"] == expected.value[0]
+    reason = {"typed": "QUEUE_FULL", "exception": "INTERNAL"}.get(how)
+    assert span.attributes.get("mooring.reason") == reason
+    assert span.status.is_ok == (how not in {"exception", "deadline"})
+    assert "secret" not in span.to_json()
 
 
 async def test_a_typed_error_carries_reason_remedy_and_pause(edge):
@@ -200,6 +215,10 @@ async def test_each_call_writes_one_canonical_line(edge, how):
     assert lines[0]["request_id"] == "abc-2"
     assert lines[0]["code"] == {"ok": "OK", "typed": "RESOURCE_EXHAUSTED", "exception": "INTERNAL"}[how]
     assert lines[0]["seconds"] >= 0
+    (span,) = edge.spans.get_finished_spans()
+    assert lines[0]["trace_id"] == format_trace_id(span.context.trace_id)
+    assert lines[0]["span_id"] == format_span_id(span.context.span_id)
+    assert span.attributes["mooring.request_id"] == "abc-2"
 
 
 async def test_a_bad_request_id_is_replaced(edge):

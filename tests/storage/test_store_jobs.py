@@ -68,6 +68,19 @@ def test_the_same_request_makes_one_job_even_at_the_same_time(open_store) -> Non
     assert len(replicas[0].list_jobs("acme")[0]) == 1
 
 
+def test_the_calling_span_stays_with_the_job_over_every_claim(store: Store) -> None:
+    first, second = (f"00-{n:032x}-{n:016x}-01" for n in (1, 2))
+    job = store.create_job("acme", "train", {}, request_id="r", traceparent=first)
+    again = store.create_job("acme", "train", {}, request_id="r", traceparent=second)
+    assert (again.job_id, again.traceparent) == (job.job_id, first), "the call that made it"
+    for _ in range(2):
+        claimed = store.claim_job("w", 60)
+        assert claimed is not None
+        assert claimed.traceparent == first
+        store.release_job("acme", job.job_id, claimed.lease)
+    assert store.create_job("acme", "train", {}).traceparent is None
+
+
 def test_a_request_id_is_bound_to_payload_kind_and_tenant(store: Store) -> None:
     job = store.create_job("acme", "train", {"a": 1, "b": 2}, request_id="r")
     assert store.create_job("acme", "train", {"b": 2, "a": 1}, request_id="r") == job

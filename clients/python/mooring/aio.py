@@ -22,6 +22,7 @@ from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._publishing import AsyncPublishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
+from mooring._tracing import traced_aio
 from mooring.client import DEFAULT_TARGET, Response, batch_event_of, succeeded
 from mooring.errors import translated
 from mooring.types import (
@@ -84,7 +85,7 @@ class Client(AsyncPublishing, AsyncBatching):
         )
         self.target = target
         self._timeout = timeout
-        self._channel = (
+        self._channel = traced_aio(
             grpc.aio.secure_channel(target, security, options)
             if security
             else grpc.aio.insecure_channel(target, options)

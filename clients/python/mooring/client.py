@@ -15,6 +15,7 @@ from mooring._channel import Pem, channel_credentials, channel_options
 from mooring._publishing import Publishing
 from mooring._requests import AdapterFiles, Photo, resource_name
 from mooring._resume import Resume
+from mooring._tracing import traced
 from mooring.errors import translated
 from mooring.types import (
     BatchDone,
@@ -97,7 +98,7 @@ class Client(Publishing, Batching):
         )
         self.target = target
         self._timeout = timeout
-        self._channel = (
+        self._channel = traced(
             grpc.secure_channel(target, security, options)
             if security
             else grpc.insecure_channel(target, options)

@@ -30,6 +30,7 @@ from mooring_server.engine.requests import GenerationEvent, GenerationRequest, I
 from mooring_server.engine.sampling import MAX_BATCH, SampleRow, draw
 from mooring_server.engine.tasks import EngineObserver, EngineStats, Lane, Task, TaskHandle
 from mooring_server.engine.ticks import Prepared, Steps, answer, by_itself
+from mooring_server.engine.timeline import RequestTrace, Timeline, Value, tell_tick
 from mooring_server.errors import MooringError, Reason
 
 T = TypeVar("T")
@@ -97,7 +98,8 @@ class Engine:
         self._draining = False
         self._stopped = False
         self._threads = threads
-        base.on_stage = bank.on_stage = lambda name, seconds: self._tell("stage", name, seconds)
+        self._at_work: Timeline | None = None
+        base.on_stage = bank.on_stage = self._stage
         bank.on_batch = lambda size, adapters: self._tell("batch", size, adapters)
         self._thread = threading.Thread(target=self._run, name="mooring-engine", daemon=True)
         self._thread.start()
@@ -136,6 +138,7 @@ class Engine:
         klass: TaskClass = TaskClass.INTERACTIVE,
         tenant: str = "",
         deadline: float | None = None,
+        trace: RequestTrace | None = None,
     ) -> TaskHandle[None]:
         """Make images; events arrive on the engine thread, in order: Queued…, Progress…, ImageReady….
 
@@ -148,6 +151,7 @@ class Engine:
             tenant: whose request it is.
             deadline: when it must be done, on the clock of `time.monotonic`; the task ends with
                 DEADLINE_EXCEEDED as soon as it is certain that it cannot be. None: it may take its time.
+            trace: where its stages are told; None for nowhere.
 
         Raises:
             MooringError: what `GenerationRequest.validate` raises, QUEUE_FULL, DRAINING.
@@ -165,8 +169,9 @@ class Engine:
 
         handle.add_done_callback(release)  # `ready` took the slots: they go back however the task ends
         digests = [use.weights.digest for use in request.adapters]
+        timeline = None if trace is None else Timeline(trace, request, klass)
         task = Task(
-            steps=self._generate(request, on_event, slots),
+            steps=self._generate(request, on_event, slots, timeline),
             handle=handle,
             ready=lambda: self._take_slots(request, slots),
             on_position=lambda position: on_event(Queued(position)),
@@ -183,6 +188,7 @@ class Engine:
                 len(digests),
             ),
             steps_left=request.steps * math.ceil(request.count / MAX_BATCH),
+            timeline=timeline,
         )
         self._enqueue(task)
         return handle
@@ -199,7 +205,11 @@ class Engine:
         return True
 
     def _generate(
-        self, request: GenerationRequest, on_event: Callable[[GenerationEvent], None], slots: Sequence[int]
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[GenerationEvent], None],
+        slots: Sequence[int],
+        timeline: Timeline | None,
     ) -> Steps[None]:
         mix: Mix = [(slot, use.scale) for slot, use in zip(slots, request.adapters, strict=True)]
         rows = [
@@ -241,7 +251,10 @@ class Engine:
             # elsewhere than on the CPU a batch decides about bits: then nobody else's rows are in it
             apart = self.deterministic and not self._row_wise
             if apart:
-                images = yield from by_itself(self.base, self.bank, drawn, prepared=self._prepared)
+                told = None if timeline is None else _passes_of(timeline)
+                images = yield from by_itself(
+                    self.base, self.bank, drawn, prepared=self._prepared, on_pass=told
+                )
             else:
                 images = yield from drawn
             if number == 0:
@@ -331,6 +344,8 @@ class Engine:
         sizes = [1 if task.call is None else task.call.rows for task in members]
         answers = [None] if leader.call is None else self._answer(members)
         common = time.perf_counter() - began
+        if leader.call is not None and any(task.timeline is not None for task in members):
+            _trace_pass(leader, members, answers, common)
         for task, size, sent in zip(members, sizes, answers, strict=True):
             steps = int(task.call is not None and task.steps_left > 0)
             own, finish = self._advance(task, sent)
@@ -345,6 +360,8 @@ class Engine:
             self._tell("used", task.klass, task.tenant, part)
             if finish is not None:
                 self._queue_changed(task.klass)
+                if task.timeline is not None:
+                    task.timeline.end()
                 finish()
         self._tell("tick", leader.klass, time.perf_counter() - began)
 
@@ -399,6 +416,7 @@ class Engine:
         finish: Callable[[], None] | None = None
         future = task.handle._future  # noqa: SLF001 - one class in two parts
         task.call = None
+        self._at_work = task.timeline
         try:
             if isinstance(sent, BaseException):
                 task.call = task.steps.throw(sent)
@@ -410,6 +428,8 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - a failing task must fail alone, whatever it raises
             failure = _typed(error)
             finish = lambda: future.set_exception(failure)  # noqa: E731
+        finally:
+            self._at_work = None
         return time.perf_counter() - began, finish
 
     def _admit(self) -> None:
@@ -444,18 +464,23 @@ class Engine:
             resident=frozenset(running.adapter for running in self._started()),
         ):
             failure: BaseException | None = None
+            self._at_work = task.timeline
             try:
                 if task.ready is not None and not task.ready():
                     continue
                 self._announce(task, 0)
             except BaseException as error:  # noqa: BLE001 - as in _tick
                 failure = _typed(error)
+            finally:
+                self._at_work = None
             with self._changed:
                 lane.waiting.remove(task)
                 if failure is None:
                     lane.running.append(task)
             if failure is None:
                 self._policy.start(task, waiting, now)
+                if task.timeline is not None:
+                    task.timeline.started()
             else:
                 self._close(task, failure)
             return True
@@ -502,6 +527,8 @@ class Engine:
             task.steps.close()
         except BaseException as error:  # noqa: BLE001 - its own clean-up failed; the others go on
             _log.warning("task_cleanup_failed", task=task.handle.name, error=repr(error))
+        if task.timeline is not None:
+            task.timeline.end()
         task.handle._future.set_exception(reason)  # noqa: SLF001
 
     def _queue_changed(self, klass: TaskClass) -> None:
@@ -512,6 +539,12 @@ class Engine:
             self._changed.notify_all()
         self._tell("queue", klass, waiting, running)
 
+    def _stage(self, name: str, seconds: float) -> None:
+        """A stage ended. It is of the task at work, but for passes, which `_tick` tells of."""
+        self._tell("stage", name, seconds)
+        if self._at_work is not None and name != "denoise":
+            self._at_work.stage(name, seconds)
+
     def _tell(self, method: str, *values: object) -> None:
         for observer in self._observers:
             try:
@@ -521,6 +554,42 @@ class Engine:
                 if kind not in self._faulty:  # once: it would fail at every tick
                     self._faulty.add(kind)
                     _log.warning("observer_failed", observer=kind, error=repr(error))
+
+
+def _trace_pass(
+    leader: Task, members: Sequence[Task], answers: Sequence[Tensor | BaseException | None], seconds: float
+) -> None:
+    """Tell the traced members of a pass about it, those that it failed not."""
+    ended = time.time_ns()
+    began = ended - round(seconds * 1e9)
+    calls = [task.call for task in members if task.call is not None]
+    rows = sum(call.rows for call in calls)
+    served = [
+        task.timeline
+        for task, sent in zip(members, answers, strict=True)
+        if task.timeline is not None and isinstance(sent, Tensor)
+    ]
+    for timeline in served:
+        timeline.step(began, ended, rows, len(members))
+    if served:
+        adapters = {slot for call in calls for mix in call.mixes for slot, _ in mix}
+        attributes: dict[str, Value] = {
+            "class": leader.klass.name.lower(),
+            "rows": rows,
+            "requests": len(members),
+            "adapters": len(adapters),
+        }
+        tell_tick(served, began, ended, attributes)
+
+
+def _passes_of(timeline: Timeline) -> Callable[[int, int, int], None]:
+    """Tells a request about passes that it has to itself."""
+
+    def told(began: int, ended: int, rows: int) -> None:
+        timeline.step(began, ended, rows, 1)
+        tell_tick([timeline], began, ended, {"rows": rows, "requests": 1})
+
+    return told
 
 
 def _typed(error: BaseException) -> BaseException:

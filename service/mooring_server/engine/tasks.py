@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from mooring_server.engine.policy import TaskClass, Ticket
 from mooring_server.engine.ticks import Steps, UnetCall
+from mooring_server.engine.timeline import Timeline
 
 T = TypeVar("T")
 
@@ -101,6 +102,7 @@ class Task(Ticket):
         on_position: told the place in the queue whenever it changes.
         position: last told.
         call: what it wants of the UNet at its next tick; None: nothing, the tick is its own.
+        timeline: where its stages are told; None: nobody traces it.
     """
 
     steps: Steps[Any] | Generator[None, None, Any]
@@ -109,6 +111,7 @@ class Task(Ticket):
     on_position: Callable[[int], None] | None = None
     position: int = -1
     call: UnetCall | None = None
+    timeline: Timeline | None = None
 
 
 @dataclass(eq=False)

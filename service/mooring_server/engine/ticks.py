@@ -7,7 +7,8 @@ whatever their adapters, timesteps, guidance scales and samplers; the task never
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -102,11 +103,20 @@ def by_itself(
     *,
     row_wise: bool = False,
     prepared: Prepared | None = None,
+    on_pass: Callable[[int, int, int], None] | None = None,
 ) -> Generator[None, None, T]:
     """The same task with its UNet calls answered right here, one for each tick, with no one else's rows.
 
     For work that brings full batches of its own and whose results are kept and compared (training,
     evaluation), for scripts, and for devices where a batch decides about bits.
+
+    Args:
+        base: the base model.
+        bank: its bank.
+        steps: the task.
+        row_wise: see `answer`.
+        prepared: see `answer`.
+        on_pass: told of each pass: begin and end in nanoseconds since the epoch, and its rows.
     """
     sent: Tensor | None = None
     try:
@@ -119,7 +129,10 @@ def by_itself(
             if call is None:
                 sent = None
             else:
+                began = time.time_ns()
                 sent = answer(base, bank, [call], row_wise=row_wise, prepared=prepared)[0]
+                if on_pass is not None:
+                    on_pass(began, time.time_ns(), call.rows)
             yield
     finally:
         steps.close()

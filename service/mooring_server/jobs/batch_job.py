@@ -121,6 +121,7 @@ class BatchJob:
         rows = load_rows(session.objects.get(rows_key(job.job_id)))
         records = {done.row: done.record for done in _all_done(session)}
         _Run(self, session, rows, records).to_the_end()
+        session.span.phase("publishing")
         manifest = session.persist(
             lambda: session.put_artifact(MANIFEST, "application/jsonl", dump_manifest(list(records.values())))
         )

@@ -93,6 +93,7 @@ class EvaluateJob:
             ),
             TaskClass.EVALUATION,
         )
+        session.span.phase("publishing")
         artifacts = _artifacts(session, result, photos, title=spec["adapter"] or "base")
         document: Document = {
             "evaluation": artifacts[0]["object_key"],

@@ -36,6 +36,7 @@ from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, JobState
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
+from mooring_server.telemetry.traces import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class JobRunner:
         drawer: draws the rows of batches; the engine again.
         adapters: loads what they use. Without both, batches are left to other runners.
         safety: what is checked of their prompts and images; None for nothing.
+        tracing: makes a span of each job that is run; None for none.
     """
 
     def __init__(
@@ -112,10 +114,12 @@ class JobRunner:
         drawer: Drawer | None = None,
         adapters: Loader | None = None,
         safety: SafetyPolicy | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._store, self._objects, self._engine = store, objects, engine
         self._settings = settings = settings or RunnerSettings()
         self._observer = observer
+        self._tracing = tracing or Tracing()
         self._timing = Timing(settings.lease_seconds, settings.poll_seconds, settings.progress_seconds)
         self._works: dict[str, JobWork] = {
             "train": TrainJob(base, bank, settings.prompts.steering),
@@ -187,8 +191,9 @@ class JobRunner:
         if observer is not None:
             observer.job_claimed(job.kind, resumed=job.attempts > 1)
         log.info("job %s (%s) claimed, attempt %d", job.job_id, job.kind, job.attempts)
+        span = self._tracing.job(job.kind, job.job_id, job.attempts, job.traceparent)
         with JobSession(
-            self._store, self._objects, self._engine, job, self._timing, observer=observer
+            self._store, self._objects, self._engine, job, self._timing, observer=observer, span=span
         ) as session:
             with self._lock:
                 self._sessions.add(session)
@@ -200,6 +205,7 @@ class JobRunner:
             finally:
                 with self._lock:
                     self._sessions.discard(session)
+        span.end(outcome)
         log.info("job %s: %s after %.1f s", job.job_id, outcome, time.monotonic() - started)
         if observer is not None:
             observer.job_ended(job.kind, outcome, time.monotonic() - started)
@@ -209,6 +215,8 @@ class JobRunner:
         job = session.job
         try:
             ending, error = self._attempt(session)
+            if error is not None:
+                session.span.failed(str(error["reason"]))
             if ending is JobState.PENDING:
                 session.persist(lambda: self._store.release_job(job.tenant, job.job_id, job.lease))
                 return "DRAINING" if error is None else str(error["reason"])

@@ -30,6 +30,7 @@ from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, Lease
 from mooring_server.storage.objects import ObjectStore, content_key
 from mooring_server.storage.store import Store
+from mooring_server.telemetry.traces import JobSpan, Tracing
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class JobSession:
         job: as claimed.
         timing: paces.
         observer: receives numbers.
+        span: told the phases.
     """
 
     def __init__(
@@ -130,8 +132,10 @@ class JobSession:
         timing: Timing,
         *,
         observer: SessionObserver | None = None,
+        span: JobSpan | None = None,
     ) -> None:
         self.store, self.objects, self.job, self.observer = store, objects, job, observer
+        self.span = span or Tracing().job(job.kind, job.job_id, job.attempts, None)
         self._told = time.monotonic()
         self._saved: float | None = None
         self._step = 0
@@ -301,6 +305,7 @@ class JobSession:
         """Note the newest progress; previews are kept until they are written, progress only if newest."""
         step = int(progress.get("step", 0))
         self._note_pace(step, str(progress.get("phase")))
+        self.span.phase(str(progress.get("phase")))
         with self._lock:
             self._progress, self._phase = progress, str(progress.get("phase"))
             self._previews += [(step, index, pixels) for index, pixels in enumerate(previews)]

@@ -64,6 +64,7 @@ class TrainJob:
             ),
             TaskClass.TRAINING,
         )
+        session.span.phase("publishing")
         proof = certificate.build(self._base, result.weights, result.drift, budget=config.target_drift)
         summary = _summary(config, result, time.monotonic() - started)
         kept = {"certificate": proof.dumps(), "rights": json.dumps(subject.rights, sort_keys=True)}

@@ -81,7 +81,14 @@ def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: 
     key = rows_key(job_id)
     runtime.objects.put(key, dump_rows(rows))
     try:
-        job = runtime.store.create_job(tenant, "batch", spec, request_id=request_id, job_id=job_id)
+        job = runtime.store.create_job(
+            tenant,
+            "batch",
+            spec,
+            request_id=request_id,
+            job_id=job_id,
+            traceparent=runtime.tracing.traceparent(),
+        )
     except MooringError:  # refused, so no row refers to the object; after any other error one might
         runtime.objects.delete(key)
         raise

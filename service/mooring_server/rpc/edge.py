@@ -1,4 +1,4 @@
-"""The outermost interceptor: admission, errors, metrics and the canonical log line of every call.
+"""The outermost interceptor: admission, errors, metrics, span and the canonical log line of every call.
 
 A call is admitted in an order that tells a stranger nothing: identity, then the role's permission, then the
 tenant's rate, then whether the server is ready; only then does the handler look anything up.
@@ -32,6 +32,7 @@ from mooring_server.rpc.quotas import Quotas
 from mooring_server.storage.audit import ACTOR, Actor
 from mooring_server.telemetry.logs import get_logger
 from mooring_server.telemetry.metrics import Metrics
+from mooring_server.telemetry.traces import UNTRACED, CallSpan, Tracing
 
 log = get_logger("mooring.rpc")
 
@@ -134,12 +135,14 @@ class EdgeInterceptor(_ServerInterceptor):
         metrics: where the gRPC trio is counted.
         gate: refuses calls until the base is resident.
         access: who may call what.
+        tracing: makes a span of each call; health and reflection have none.
     """
 
-    def __init__(self, metrics: Metrics, gate: Gate, access: Access) -> None:
+    def __init__(self, metrics: Metrics, gate: Gate, access: Access, tracing: Tracing | None = None) -> None:
         self._metrics = metrics
         self._gate = gate
         self._access = access
+        self._tracing = tracing or Tracing()
 
     async def intercept_service(
         self,
@@ -176,7 +179,7 @@ class EdgeInterceptor(_ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _admit(self, call: _Call, context: Context, request_id: str) -> None:
+    async def _admit(self, call: _Call, context: Context, request_id: str, span: CallSpan) -> None:
         """Let a call pass or refuse it; see the module for the order."""
         rule = self._access.rule_of(call.name)
         if rule is None or rule.permission is not Permission.OPEN:
@@ -184,6 +187,7 @@ class EdgeInterceptor(_ServerInterceptor):
             structlog.contextvars.bind_contextvars(
                 tenant=identity.tenant, role=identity.role.value, credential=identity.subject
             )
+            span.caller(identity.tenant)
             ACTOR.set(Actor(identity.subject, identity.role.value, call.name, request_id))
             try:
                 allowed = permissions.require(identity.role, rule)
@@ -203,13 +207,14 @@ class EdgeInterceptor(_ServerInterceptor):
         labels = (call.shape, call.service, call.method)
         code, reason, started = grpc.StatusCode.OK, "", time.perf_counter()
         done = facts.begin()
+        span = self._span(call, context, request_id)
         self._metrics.started.labels(*labels).inc()
         if not call.quiet:
             self._gate.enter()
             self._metrics.in_flight.inc()
         try:
             context.set_trailing_metadata((("x-request-id", request_id),))
-            await self._admit(call, context, request_id)
+            await self._admit(call, context, request_id, span)
             answer = await run()
             code = _set_code(context)
         except asyncio.CancelledError:
@@ -250,9 +255,17 @@ class EdgeInterceptor(_ServerInterceptor):
                 **({"reason": reason} if reason else {}),
                 **done,
             )
+            span.end((code.value[0], code.name), reason, done)
             if not call.quiet:
                 self._metrics.in_flight.dec()
                 self._gate.leave()
+
+    def _span(self, call: _Call, context: Context, request_id: str) -> CallSpan:
+        if call.quiet:
+            return UNTRACED
+        span = self._tracing.call(call.service, call.method, request_id, context.invocation_metadata() or ())
+        structlog.contextvars.bind_contextvars(**span.ids)
+        return span
 
 
 async def _send(result: Any, context: Context) -> None:

@@ -157,7 +157,13 @@ def _invalid(field: str, problem: str) -> MooringError:
 def _adapter(runtime: Runtime, tenant: str, name: str, field: str, scale: float) -> tuple[str, AdapterUse]:
     where = names.resolve_adapter(tenant, name, field)
     adapter = find_adapter(runtime, where)
-    return names.adapter(tenant, adapter.name), AdapterUse(runtime.adapters.get(adapter), scale)
+    trace, began = runtime.tracing.current(), time.time_ns()
+    with runtime.adapters.lease(adapter) as lease:
+        weights = lease.wait()
+        if trace is not None and lease.tier != "host":  # else nothing was loaded
+            load = {"tier": lease.tier, "adapter_digest": weights.digest}
+            trace.stage("adapter_load", began, time.time_ns(), load)
+    return names.adapter(tenant, adapter.name), AdapterUse(weights, scale)
 
 
 def sampler_name(value: int) -> str:
@@ -209,6 +215,7 @@ async def draw(
             klass=klass,
             tenant=tenant,
             deadline=deadline,
+            trace=runtime.tracing.current(),
         )
         handle.add_done_callback(inbox.end_from_thread)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -115,15 +116,17 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
                     await context.write(message)
 
         async def answer(request: pb.GenerateBatchRequest) -> None:
-            try:
-                async for messages in _batch_results(runtime, tenant, request, deadline):
-                    await write(messages)
-            except MooringError as error:
-                failed = status.to_status(error)
-                await write([pb.GenerateBatchResponse(id=request.id, error=failed)])
-            finally:
-                unfinished.discard(request.id)
-                room.release()
+            with runtime.tracing.work("batch request") as span:
+                try:
+                    async for messages in _batch_results(runtime, tenant, request, deadline):
+                        await write(messages)
+                except MooringError as error:
+                    span.failed(error.reason.value)
+                    failed = status.to_status(error)
+                    await write([pb.GenerateBatchResponse(id=request.id, error=failed)])
+                finally:
+                    unfinished.discard(request.id)
+                    room.release()
 
         requests = aiter(request_iterator)
         try:
@@ -185,13 +188,17 @@ async def _chunks(
     runtime: Runtime, tenant: str, event: ImageReady, judged: list[pb.SafetyVerdict]
 ) -> list[media_pb2.ImageChunk]:
     """A finished image as messages, counted; none when it is withheld. Judged and compressed off the loop."""
+    trace = runtime.tracing.current()
     if runtime.safety.checks_images(tenant):
         verdicts = await asyncio.to_thread(runtime.safety.judge_image, tenant, event.image)
         judged += [convert.verdict(verdict, event.index) for verdict in verdicts]
         if refusal(verdicts) is not None:
             facts.add("images_withheld", 1)
             return []
+    began = time.time_ns()
     chunks = await asyncio.to_thread(images.image_chunks, event.index, event.seed, event.image)
+    if trace is not None:
+        trace.stage("encode", began, time.time_ns())
     runtime.metrics.images.inc()
     facts.add("images", 1)
     return chunks
@@ -237,7 +244,9 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
             fields=[FieldViolation("config.targets", problem)],
         )
     spec = {"subject": subject.subject_id, "adapter_id": adapter_id, "config": config.to_json()}
-    return runtime.store.create_job(tenant, "train", spec, request_id=request.request_id)
+    return runtime.store.create_job(
+        tenant, "train", spec, request_id=request.request_id, traceparent=runtime.tracing.traceparent()
+    )
 
 
 def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job:
@@ -297,7 +306,9 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         "subject": subject.subject_id,
         "config": {name: document[name] for name in convert.EVALUATION_FIELDS},
     }
-    return runtime.store.create_job(tenant, "evaluate", spec, request_id=request.request_id)
+    return runtime.store.create_job(
+        tenant, "evaluate", spec, request_id=request.request_id, traceparent=runtime.tracing.traceparent()
+    )
 
 
 def _cut(runtime: Runtime, prompt: str, learned: LearnedEmbeddings | None) -> str:

@@ -21,6 +21,7 @@ from mooring_server.storage.models import Adapter
 from mooring_server.storage.objects import ObjectStore
 from mooring_server.storage.store import Store
 from mooring_server.telemetry.metrics import Metrics
+from mooring_server.telemetry.traces import Tracing
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Runtime:
 
     settings: Settings
     metrics: Metrics
+    tracing: Tracing
     gate: Gate
     store: Store
     objects: ObjectStore

@@ -40,7 +40,14 @@ class Jobs(Usage):
     # -- for callers ---------------------------------------------------------------------------------------
 
     def create_job(
-        self, tenant: str, kind: str, spec: Document, *, request_id: str = "", job_id: str = ""
+        self,
+        tenant: str,
+        kind: str,
+        spec: Document,
+        *,
+        request_id: str = "",
+        job_id: str = "",
+        traceparent: str | None = None,
     ) -> Job:
         """Queue a job.
 
@@ -50,6 +57,7 @@ class Jobs(Usage):
             spec: everything the runner needs; immutable from here on.
             request_id: makes the call idempotent: the same request gives the job it made before.
             job_id: of `new_id`, where objects that the job needs were stored under it already.
+            traceparent: the calling span, in W3C form.
 
         Raises:
             MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
@@ -77,6 +85,7 @@ class Jobs(Usage):
                 "lease": "",
                 "create_time": now,
                 "update_time": now,
+                "traceparent": traceparent,
             }
             insert_row(connection, schema.jobs, values)
             self._append(connection, tenant, job_id, "state", {"state": JobState.PENDING})

@@ -104,6 +104,8 @@ class Job:
         attempts: how often a runner claimed the job.
         crashes: runners lost since the last checkpoint; the job fails when they become too many.
         worker, lease, lease_expires: who runs it, the fencing token of that claim, and until when.
+        traceparent: the span of the call that made it, in W3C form, which every runner's span links to; None
+            where nothing was traced.
     """
 
     tenant: str
@@ -126,6 +128,7 @@ class Job:
     start_time: float | None
     end_time: float | None
     checkpoint_key: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)

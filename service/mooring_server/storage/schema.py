@@ -162,6 +162,7 @@ jobs = Table(
     Column("start_time", Double),
     Column("end_time", Double),
     Column("checkpoint_key", Text),
+    Column("traceparent", Text),
     UniqueConstraint("tenant", "job_id"),
     Index("jobs_by_tenant", "tenant", "number"),
     Index("jobs_to_claim", "state", "lease_expires", "number"),

@@ -24,7 +24,7 @@ from mooring_server.engine.adapters import MAX_ADAPTER_BYTES, from_safetensors
 from mooring_server.engine.bank import AdapterBank, PackedAdapter, row_bytes
 from mooring_server.engine.tiers.disk import DiskCache
 from mooring_server.engine.tiers.lru import ByteLru
-from mooring_server.engine.tiers.observer import TierObserver, Unobserved
+from mooring_server.engine.tiers.observer import Tier, TierObserver, Unobserved
 from mooring_server.errors import MooringError, Reason
 
 LOADING_THREADS = 4
@@ -54,6 +54,7 @@ class _Entry:
         abandoned: nobody waits for it, so its load need not begin.
         dropped: it is in the cache no more; who holds a lease still has it.
         forgotten: it was deleted, so its file must not reach the disk cache.
+        source: the tier that its file was read from, known once it is loaded.
     """
 
     def __init__(self, record: StoredAdapter) -> None:
@@ -61,6 +62,7 @@ class _Entry:
         self.name = record.name
         self.load: Future[PackedAdapter] = Future()
         self.started = self.abandoned = self.dropped = self.forgotten = False
+        self.source: Tier = "object"
 
 
 class Lease:
@@ -69,9 +71,10 @@ class Lease:
     The engine polls `ready` before it starts a request, and `add_done_callback` wakes it.
     """
 
-    def __init__(self, tiers: AdapterTiers, entry: _Entry) -> None:
+    def __init__(self, tiers: AdapterTiers, entry: _Entry, *, hit: bool) -> None:
         self._tiers = tiers
         self._entry: _Entry | None = entry
+        self._hit = hit
 
     def ready(self) -> bool:
         """Whether the row is there.
@@ -89,6 +92,11 @@ class Lease:
     def wait(self, timeout: float | None = None) -> PackedAdapter:
         """Wait for the adapter. Raises TimeoutError after `timeout` seconds, and as `ready`."""
         return self._held().load.result(timeout)
+
+    @property
+    def tier(self) -> Tier:
+        """Where the adapter came from for this lease, once `ready`: host memory, disk or object store."""
+        return "host" if self._hit else self._held().source
 
     @property
     def weights(self) -> PackedAdapter:
@@ -196,7 +204,7 @@ class AdapterTiers:
             else:
                 self._entries.pin(key)
         self._observer.tier_lookup("host", hit=hit)
-        return Lease(self, entry)
+        return Lease(self, entry, hit=hit)
 
     def get(self, adapter: StoredAdapter) -> PackedAdapter:
         """The adapter, loaded if need be; blocking. Raises as `lease` and `Lease.ready`."""
@@ -275,6 +283,7 @@ class AdapterTiers:
         """The adapter, and its file where that came from the object store."""
         data = None if self._disk is None else self._disk.get(entry.key)
         fetched = data is None
+        entry.source = "object" if fetched else "disk"
         if data is None:
             data = self._fetched(entry)
         began = time.perf_counter()
