@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mooring_server.config import Settings
 from mooring_server.engine.adapters import AdapterWeights, LayerFactors, adaptable_layers, matrix_shape
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.engine import Engine
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.requests import AdapterUse, GenerationRequest
+from mooring_server.engine.warm_up import warm_up
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,6 +44,16 @@ def options_for(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options.add_argument("--threads", type=int, default=1, help="torch threads of every system compared")
     return options
+
+
+def add_deterministic(options: argparse.ArgumentParser) -> None:
+    """`--deterministic`, for benchmarks that run our engine."""
+    options.add_argument(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="as the server's setting (default: the server's own: on for a CPU)",
+    )
 
 
 def require_device(options: argparse.Namespace) -> None:
@@ -136,7 +150,7 @@ class BatchWatch:
 
 @contextmanager
 def engine_on(
-    base: BaseModel, *, slots: int, rank: int, threads: int
+    base: BaseModel, *, slots: int, rank: int, threads: int, deterministic: bool | None
 ) -> Iterator[tuple[Engine, AdapterBank, BatchWatch]]:
     """An engine as the server builds it, with a queue that refuses nothing: load is bounded by the benchmark.
 
@@ -145,10 +159,28 @@ def engine_on(
         slots: adapters that are on the device at once.
         rank: of the slots.
         threads: torch threads of the engine.
+        deterministic: as the server's setting; None is the server's own choice.
     """
     watch: Any = BatchWatch()
     bank = AdapterBank(base, slots=slots + 1, rank=rank)
-    engine = Engine(base, bank, threads=threads, max_queue=1_000_000, observer=watch)
+    settings = Settings(device=base.device.type, deterministic=deterministic)
+    with tempfile.TemporaryDirectory() as folder:
+        ready = warm_up(
+            base,
+            bank,
+            deterministic=settings.keeps_bits,
+            max_step_seconds=settings.max_step_seconds,
+            costs_file=Path(folder) / "costs.json",
+        )
+    engine = Engine(
+        base,
+        bank,
+        threads=threads,
+        max_queue=1_000_000,
+        costs=ready.costs,
+        deterministic=settings.keeps_bits,
+        observer=watch,
+    )
     try:
         yield engine, bank, watch
     finally:

@@ -35,6 +35,7 @@ from benchmarks.common import Row, show
 from benchmarks.engine_common import (
     GateError,
     Pixels,
+    add_deterministic,
     apart,
     engine_on,
     gpu_note,
@@ -68,6 +69,8 @@ BOUND = 8.0
 STRETCH = 32
 """Images' time that a load is offered for: 4 bounds, so that a quarter too much load is seen."""
 GOAL = 3.0
+_CHOICES = {None: "the server's own choice (on for a CPU)", True: "on", False: "off"}
+_SUFFIXES = {None: "", True: "-deterministic", False: "-batched"}
 
 
 @dataclass
@@ -117,11 +120,11 @@ def main() -> None:
     if options.device == "cpu":
         rows.append(not_measured())
     show(
-        result_name("load", options),
+        result_name("load" + _SUFFIXES[options.deterministic], options),
         f"Open-loop load on {options.base}, {options.device}, {options.dtype}",
         rows,
         notes=(*NOTES, gpu_note("load")),
-        summary=summary,
+        summary={"deterministic": _CHOICES[options.deterministic], **summary},
         options=options,
     )
 
@@ -141,6 +144,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--steps", type=int, nargs="+", help=f"step counts (default: {STEPS})")
     options.add_argument("--levels", type=float, nargs="+", help="multiples of hotswap's saturation")
     options.add_argument("--stretch", type=int, help="images' time that each load is offered for")
+    add_deterministic(options)
     chosen = options.parse_args()
     quick = {"adapters": [64], "steps": [3, 6], "levels": [0.5, 1.0, 2.0], "stretch": 10}
     full = {"adapters": [64, 2000], "steps": list(STEPS), "levels": list(LEVELS), "stretch": STRETCH}
@@ -172,7 +176,13 @@ def measure(base: BaseModel, adapters: int, options: argparse.Namespace, report:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_adapters(weights, folder)
         engine, _, watch = stack.enter_context(
-            engine_on(base, slots=SLOTS, rank=RANK, threads=options.threads)
+            engine_on(
+                base,
+                slots=SLOTS,
+                rank=RANK,
+                threads=options.threads,
+                deterministic=options.deterministic,
+            )
         )
         systems: list[System] = [
             Hotswap(base, folder, prompts, rank=RANK, threads=options.threads),

@@ -42,6 +42,7 @@ from benchmarks.engine_common import (
     GUIDANCE,
     GateError,
     Pixels,
+    add_deterministic,
     apart,
     gpu_note,
     largest_difference,
@@ -110,12 +111,7 @@ def _options() -> argparse.Namespace:
     options = options_for(__doc__)
     options.add_argument("--images", type=int, help="a round (default: 16; quick: 6)")
     options.add_argument("--steps", type=int, help="denoising steps (default: 20; quick: 4)")
-    options.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="as the server's setting (default: the server's own)",
-    )
+    add_deterministic(options)
     chosen = options.parse_args()
     chosen.images = chosen.images or (6 if chosen.quick else 16)
     chosen.steps = chosen.steps or (4 if chosen.quick else 20)
