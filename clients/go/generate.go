@@ -40,7 +40,8 @@ func (i *Image) Decode() (image.Image, error) {
 	return picture, nil
 }
 
-// WriteFile writes the encoded picture to a file as it is.
+// WriteFile writes the encoded picture to a file as it is, with its provenance mark, which is lost when the picture is
+// decoded and encoded anew.
 func (i *Image) WriteFile(path string) error { return os.WriteFile(path, i.Data, 0o644) }
 
 // GenerateEvent is one event of a generation: one of its fields is set. An event of a newer server is left out.

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from mooring_server import cli_batch, cli_health, cli_work
+from mooring_server import cli_batch, cli_health, cli_verify, cli_work
 from mooring_server.cli_audit import audit
 from mooring_server.cli_keys import keys
 from mooring_server.cli_options import BaseOption, ServerOption, StateDirOption
@@ -50,6 +50,7 @@ app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)
 app.command("generate", epilog=EXIT_CODE_HELP)(cli_work.generate)
 app.command("batch", epilog=EXIT_CODE_HELP)(cli_batch.batch)
 app.command("evaluate", epilog=EXIT_CODE_HELP)(cli_work.evaluate)
+app.command("verify", epilog=cli_verify.EXIT_CODES)(cli_verify.verify)
 app.command("health", epilog=EXIT_CODE_HELP)(cli_health.health)
 
 

@@ -225,6 +225,17 @@ class Settings(BaseSettings):
     safety_exempt_tenants: str = Field(
         default="", description="Tenants whose prompts and images are not checked, separated by commas."
     )
+    provenance: bool = Field(
+        default=True, description="Sign a provenance mark (C2PA) into finished images (docs/provenance.md)."
+    )
+    provenance_cert: Path | None = Field(
+        default=None,
+        description="Certificate chain of the marks, PEM. Default: one that the server issues itself. "
+        "Read again on change.",
+    )
+    provenance_key: Path | None = Field(
+        default=None, description="Its private key, PEM. Read again on change."
+    )
     max_batch_rows: int = Field(
         default=10_000, ge=1, le=1_000_000, description="Rows of one batch job's file."
     )
@@ -376,6 +387,8 @@ class Settings(BaseSettings):
         url = urlsplit(self.jwt_jwks_url)
         problems = {
             "tls_cert and tls_key belong together": (self.tls_cert is None) != (self.tls_key is None),
+            "provenance_cert and provenance_key belong together": (self.provenance_cert is None)
+            != (self.provenance_key is None),
             "tls_client_ca needs tls_cert and tls_key": self.tls_client_ca and self.tls_cert is None,
             "auth mtls needs tls_client_ca": "mtls" in self.auth and self.tls_client_ca is None,
             "auth jwt needs jwt_issuer and jwt_audience": "jwt" in self.auth

@@ -54,6 +54,8 @@ from mooring_server.evaluation.prompts import GENERIC_PROMPTS, PROBE_GENERIC, Pr
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.jobs.sweeper import Sweeper
+from mooring_server.provenance import identity
+from mooring_server.provenance.marks import Marker
 from mooring_server.rpc import permissions, tls, tokens
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
@@ -152,15 +154,17 @@ class Server:
 
         Raises:
             MooringError: BASE_NOT_USABLE, JUDGES_NOT_AVAILABLE; INVALID_FIELD for an address in use, a
-                certificate that cannot be used, or traces by a protocol that is not gRPC.
+                certificate, of the server or of the marks on images, that cannot be used, or traces by a
+                protocol that is not gRPC.
         """
         started = time.monotonic()
         try:
             self._tracing = traces.from_environment(self._version)
             # the store first: whoever calls while the base is loaded is told so only when it may know
             store = await asyncio.to_thread(self._open_store)
+            marker = await asyncio.to_thread(self._open_marker)
             await self._listen(store)
-            await asyncio.to_thread(self._load, store)
+            await asyncio.to_thread(self._load, store, marker)
         except BaseException:
             await self.stop()
             raise
@@ -217,6 +221,20 @@ class Server:
         store = self._store = Store(self.settings.storage_url)
         store.quota_of = self.settings.quota_of
         return store
+
+    def _open_marker(self) -> Marker:
+        settings, metrics = self.settings, self._metrics
+        if not settings.provenance:
+            return Marker()
+        cert, key = settings.provenance_cert, settings.provenance_key
+        if cert is None or key is None:
+            cert, key = identity.self_issued(settings.state_dir / identity.FOLDER).names
+            # a tool on one's own machine need not complain of it at every start
+            tell = log.warning if settings.auth else log.info
+            tell("images are marked by a certificate that nobody vouches for", authority=str(cert.parent))
+        marker = Marker(cert, key, self._version, observe=metrics.mark_seconds.observe)
+        metrics.mark_expiry.set_function(marker.expiry)
+        return marker
 
     async def _listen(self, store: Store) -> None:
         # The servicer starts as SERVING: say otherwise before anybody can ask.
@@ -306,7 +324,7 @@ class Server:
 
     # ------------------------------------------------------------------ the parts, off the event loop
 
-    def _load(self, store: Store) -> None:
+    def _load(self, store: Store, marker: Marker) -> None:
         settings = self.settings
         objects = open_objects(settings.objects_location)
         packaged = not settings.base
@@ -383,6 +401,7 @@ class Server:
             drawer=engine,
             adapters=adapters,
             safety=safety,
+            marker=marker,
             tracing=self._tracing,
         )
         if settings.gc_interval_seconds:
@@ -418,6 +437,7 @@ class Server:
             adapters=adapters,
             decoders=DecoderPool(settings.decoders),
             safety=safety,
+            marker=marker,
             quotas=self._quotas,
             device_time=device_time,
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,

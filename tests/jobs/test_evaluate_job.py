@@ -11,6 +11,8 @@ import pytest
 from mooring_server.engine.base import load_base
 from mooring_server.evaluation.judges import Judges
 from mooring_server.jobs.subjects import PhotoUpload
+from mooring_server.provenance import identity
+from mooring_server.provenance.verify import MarkState, examine
 from mooring_server.storage.models import Job, JobState
 from pictures import png, quarters
 from tiny_judges import save_tiny_clip, save_tiny_vit
@@ -57,6 +59,13 @@ def test_every_artifact_of_an_evaluation_can_be_read(
         data = objects.get(artifact["object_key"])
         assert (len(data), hashlib.sha256(data).hexdigest()) == (artifact["size_bytes"], artifact["sha256"])
     assert {"evaluation.json", "report.html", "grid.png"} < files.keys()
+    digest = json.loads(objects.get(done.result["evaluation"]))["adapter_digest"]
+    authority = (tmp_path / identity.FOLDER / identity.AUTHORITY).read_text()
+    for name in (name for name in files if name.endswith(".png")):
+        mark = examine(objects.get(files[name]["object_key"]), authority)
+        assert (mark.state, mark.trusted) == (MarkState.VALID, True), name
+        assert mark.adapters == ((digest,) if adapter and not name.endswith("-base.png") else ()), name
+        assert mark.source.startswith("composite") == (name == "grid.png"), name  # photos stand beside it
     document = json.loads(objects.get(done.result["evaluation"]))
     assert document["metrics"] == done.result["metrics"]
     assert document["config"]["generic_prompts"] == document["config"]["probe_prompts"]

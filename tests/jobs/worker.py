@@ -24,6 +24,8 @@ from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs import train_job
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.jobs.session import JobSession
+from mooring_server.provenance import identity
+from mooring_server.provenance.marks import Marker
 from mooring_server.storage.objects import LocalObjects
 from mooring_server.storage.store import Store
 from mooring_server.training.trainer import TrainProgress
@@ -52,7 +54,10 @@ def running(state: Path, base_dir: Path, judges: Judges | None = None) -> Iterat
         prompts=PromptSets.of(("a photo of a {} in the snow", "a photo of a {} on the beach"), GENERIC),
     )
     adapters = AdapterTiers(objects.get, bank, host_bytes=2**26)
-    runner = JobRunner(store, objects, engine, base, bank, judges, settings, drawer=engine, adapters=adapters)
+    marker = Marker(*identity.self_issued(state / identity.FOLDER).names, "1.2.3")
+    runner = JobRunner(
+        store, objects, engine, base, bank, judges, settings, drawer=engine, adapters=adapters, marker=marker
+    )
     runner.start()
     try:
         yield

@@ -26,12 +26,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": LEAVES | {"engine"},
     "training": LEAVES | {"engine", "evaluation"},
     "safety": LEAVES,
-    "jobs": LEAVES | {"engine", "evaluation", "training", "storage", "dinghy", "safety"},
-    "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "safety"},
-    "server": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy", "safety"},
+    "provenance": LEAVES,
+    "jobs": LEAVES | {"engine", "evaluation", "training", "storage", "dinghy", "safety", "provenance"},
+    "rpc": LEAVES | {"engine", "evaluation", "training", "storage", "jobs", "safety", "provenance"},
+    "server": LEAVES
+    | {"engine", "evaluation", "training", "storage", "jobs", "rpc", "dinghy", "safety", "provenance"},
     # the command line talks to the server through the client, like everybody else; API keys alone it makes in
     # the database, because the first one has to come from somewhere
-    "cli": {"errors", "config", "server", "dinghy", "demo", "cli", "storage"},
+    "cli": {"errors", "config", "server", "dinghy", "demo", "cli", "storage", "provenance"},
     "demo": {"errors", "config", "dinghy", "cli", "evaluation"},
     "__main__": {"cli"},
 }
@@ -44,6 +46,7 @@ MUST_NOT_IMPORT: dict[str, set[str]] = {
     "evaluation": {"grpc", "sqlalchemy", "mooring", "google"},
     "training": {"grpc", "sqlalchemy", "mooring", "google"},
     "safety": {"grpc", "sqlalchemy", "mooring", "google"},
+    "provenance": {"torch", "grpc", "sqlalchemy", "mooring", "google"},
     "jobs": {"grpc", "mooring", "google"},
     "dinghy": {"grpc", "sqlalchemy", "mooring"},
 }

@@ -13,6 +13,7 @@ import pytest
 from mooring.v1 import media_pb2
 from mooring.v1 import personalization_pb2 as pb
 from mooring_server.engine.policy import TaskClass
+from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.rpc import personalization
 from mooring_server.rpc.images import CHUNK_BYTES, image_chunks
 from PIL import Image
@@ -315,7 +316,7 @@ def test_another_tenants_adapter_looks_exactly_like_an_absent_one(stubs, runtime
 
 def test_a_large_image_is_cut_into_chunks_below_the_limit():
     noise = np.random.default_rng(0).integers(0, 255, (900, 900, 3), dtype=np.uint8)
-    chunks = image_chunks(5, 9, noise)
+    chunks = image_chunks(5, 9, noise, Marker(), Origin("sha256:" + "0" * 64))
     assert len(chunks) > 2
     assert all(len(chunk.data) <= CHUNK_BYTES for chunk in chunks)
     assert [chunk.last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]

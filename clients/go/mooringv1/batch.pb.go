@@ -120,7 +120,8 @@ type BatchResult struct {
 	ImageCount int32 `protobuf:"varint,1,opt,name=image_count,json=imageCount,proto3" json:"image_count,omitempty"`
 	// Rows that ended with an error.
 	FailedCount int32 `protobuf:"varint,2,opt,name=failed_count,json=failedCount,proto3" json:"failed_count,omitempty"`
-	// Digest of `manifest.jsonl`, "sha256:" and 64 hex digits. Equal files on equal bases give equal digests.
+	// Digest of `manifest.jsonl`, "sha256:" and 64 hex digits. Images carry provenance marks with a time, so it differs
+	// between two jobs of one file; `pixels_sha256` of their rows does not.
 	ManifestDigest string `protobuf:"bytes,3,opt,name=manifest_digest,json=manifestDigest,proto3" json:"manifest_digest,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache

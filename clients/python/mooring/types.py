@@ -48,7 +48,7 @@ class Image:
         return PillowImage.open(io.BytesIO(self.data)).convert("RGB")
 
     def save(self, path: str | Path) -> Path:
-        """Write the encoded picture to a file as it is and return the path."""
+        """Write the encoded picture to a file as it is, provenance mark included, and return the path."""
         path = Path(path)
         path.write_bytes(self.data)
         return path

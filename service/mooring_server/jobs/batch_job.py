@@ -3,7 +3,7 @@
 Rows are drawn in the engine's batch class, a window of them at a time, in the order of the file as far as the
 engine's choices allow. A row is done when its image is stored and then its record is committed under the
 job's lease; a run that is taken up again draws the rows without a record, from their own seeds, and so ends
-with the manifest of a run that was never interrupted.
+with the pixels of a run that was never interrupted.
 
 A row that cannot be drawn (its adapter was deleted, the device has too little memory) is done with an error
 and the others go on. The job itself fails only for what concerns every row: another base.
@@ -41,6 +41,7 @@ from mooring_server.jobs.batch_rows import (
 )
 from mooring_server.jobs.photos import encode_png
 from mooring_server.jobs.session import Handle, JobSession, Pixels
+from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.safety.policy import SafetyPolicy, Verdict, refusal, withheld
 from mooring_server.storage.models import Adapter, Document, DoneRow, JobState
 
@@ -95,11 +96,14 @@ class BatchJob:
         engine: draws.
         adapters: loads them.
         safety: what is checked of prompts and images.
+        marker: signs into images where they come from.
     """
 
-    def __init__(self, base: BaseModel, engine: Drawer, adapters: Loader, safety: SafetyPolicy) -> None:
+    def __init__(
+        self, base: BaseModel, engine: Drawer, adapters: Loader, safety: SafetyPolicy, marker: Marker
+    ) -> None:
         self._base, self._engine, self._adapters = base, engine, adapters
-        self.safety = safety
+        self.safety, self.marker = safety, marker
 
     def run(self, session: JobSession) -> None:
         """Draw what is missing, write the manifest and finish the job.
@@ -260,11 +264,18 @@ class _Run:
             self._record_image(row, drawing.images[0], drawing.verdicts)
 
     def _record_image(self, row: PinnedRow, pixels: Pixels, verdicts: Sequence[Verdict]) -> None:
-        data = encode_png(Image.fromarray(pixels))
+        origin = Origin(self._work.base_digest, tuple(use.digest for use in row.adapters))
+        # A run that is taken up again signs anew: other bytes, the same pixels. The record says which count.
+        data = self._work.marker.mark(encode_png(Image.fromarray(pixels)), origin)
         sha256 = hashlib.sha256(data).hexdigest()
         key = image_key(self._session.job.job_id, row.row, sha256)
         self._session.persist(lambda: self._session.objects.put(key, data))
-        image = {"file": filename_of(row.row), "sha256": sha256, "size_bytes": len(data)}
+        image = {
+            "file": filename_of(row.row),
+            "sha256": sha256,
+            "size_bytes": len(data),
+            "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
+        }
         self._record(row, image | _told(verdicts))
 
     def _record_error(self, row: PinnedRow, error: MooringError, verdicts: Sequence[Verdict] = ()) -> None:

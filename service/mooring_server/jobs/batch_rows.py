@@ -2,7 +2,8 @@
 
 A pinned row is complete: every default is filled in and every adapter has its version, so that what a row
 gives depends on nothing but the row and the base. A line of the manifest holds nothing of the run (no times,
-no attempts, no names of jobs): equal files give equal manifests, however often a run was interrupted.
+no attempts, no names of jobs) but the digest of the image's file, whose provenance mark has a time: equal
+files give manifests that differ in `sha256` and `size_bytes` alone, however often a run was interrupted.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from PIL import Image
 
@@ -21,6 +22,7 @@ from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.evaluation.result import EvaluationResult, png
 from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
+from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.storage.models import Adapter, Document, JobState
 
 
@@ -32,6 +34,7 @@ class EvaluateJob:
         bank: its bank.
         judges: CLIP and DINO; None where none are configured.
         prompts: used where the spec names none, and to measure drift with.
+        marker: signs into pictures where they come from.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class EvaluateJob:
         bank: AdapterBank,
         judges: Judges | None,
         prompts: PromptSets,
+        marker: Marker,
     ) -> None:
-        self._base, self._bank, self._judges = base, bank, judges
+        self._base, self._bank, self._judges, self._marker = base, bank, judges, marker
         self._defaults = {
             "prompts": prompts.scenes,
             "generic_prompts": prompts.generic,
@@ -94,7 +98,7 @@ class EvaluateJob:
             TaskClass.EVALUATION,
         )
         session.span.phase("publishing")
-        artifacts = _artifacts(session, result, photos, title=spec["adapter"] or "base")
+        artifacts = _artifacts(session, result, photos, self._marker, title=spec["adapter"] or "base")
         document: Document = {
             "evaluation": artifacts[0]["object_key"],
             "artifacts": artifacts,
@@ -130,20 +134,35 @@ class _Clock:
 
 
 def _artifacts(
-    session: JobSession, result: EvaluationResult, photos: Sequence[Image.Image], *, title: str
+    session: JobSession,
+    result: EvaluationResult,
+    photos: Sequence[Image.Image],
+    marker: Marker,
+    *,
+    title: str,
 ) -> list[Document]:
-    """Store every file; the first is evaluation.json, whose pairs name their pictures' files."""
+    """Store every file; the first is evaluation.json, whose pairs name their pictures' files.
+
+    Picture files carry their mark. What report.html shows does not: the page is a document of its own, and
+    C2PA has no form for pictures inside one.
+    """
+    adapters = (result.adapter_digest,) if result.adapter_digest else ()
+    base, adapted = Origin(result.base_digest), Origin(result.base_digest, adapters)
+    grid = report.grid([(title, result)], photos=photos)
     content = finite(result.to_json(images=False))
     pictures = []
     for index, (pair, entry) in enumerate(zip(result.pairs, content["pairs"], strict=True)):
-        for field, pixels in (("image", pair.adapted), ("base_image", pair.base)):
+        for field, pixels, origin in (("image", pair.adapted, adapted), ("base_image", pair.base, base)):
             if pixels is not None:
                 entry[field] = f"pairs/{index:04d}-{'base' if field == 'base_image' else 'adapted'}.png"
-                pictures.append(session.put_artifact(entry[field], "image/png", png(pixels)))
+                data = marker.mark(png(pixels), origin)
+                pictures.append(session.put_artifact(entry[field], "image/png", data))
     page = report.render([(title, result)], photos=photos, title=f"Evaluation of {title}").encode()
     return [
         session.put_artifact("evaluation.json", "application/json", json.dumps(content).encode()),
         session.put_artifact("report.html", "text/html", page),
-        session.put_artifact("grid.png", "image/png", png(report.grid([(title, result)], photos=photos))),
+        session.put_artifact(
+            "grid.png", "image/png", marker.mark(png(grid), replace(adapted, composite=bool(photos)))
+        ),
         *pictures,
     ]

@@ -121,6 +121,7 @@ def encode_png(image: Image.Image) -> bytes:
     """The picture as PNG, without metadata."""
     buffer = io.BytesIO()
     # A copy by its pixels alone: Pillow writes profiles and EXIF that a picture remembers from its file.
+    # Level 3 takes a third of the default's time for 3 % more bytes; noise-like pixels compress badly anyway.
     Image.frombytes(image.mode, image.size, image.tobytes()).save(buffer, format="PNG", compress_level=3)
     return buffer.getvalue()
 

@@ -31,6 +31,7 @@ from mooring_server.jobs.batch_job import BatchJob, Drawer, Loader
 from mooring_server.jobs.evaluate_job import EvaluateJob
 from mooring_server.jobs.session import JobSession, SessionObserver, Stop, StoppedError, Submitter, Timing
 from mooring_server.jobs.train_job import TrainJob
+from mooring_server.provenance.marks import Marker
 from mooring_server.safety.policy import SafetyPolicy
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import Document, Job, JobState
@@ -97,6 +98,7 @@ class JobRunner:
         drawer: draws the rows of batches; the engine again.
         adapters: loads what they use. Without both, batches are left to other runners.
         safety: what is checked of their prompts and images; None for nothing.
+        marker: signs into pictures where they come from; None leaves them unmarked.
         tracing: makes a span of each job that is run; None for none.
     """
 
@@ -114,8 +116,10 @@ class JobRunner:
         drawer: Drawer | None = None,
         adapters: Loader | None = None,
         safety: SafetyPolicy | None = None,
+        marker: Marker | None = None,
         tracing: Tracing | None = None,
     ) -> None:
+        marker = marker or Marker()
         self._store, self._objects, self._engine = store, objects, engine
         self._settings = settings = settings or RunnerSettings()
         self._observer = observer
@@ -123,10 +127,10 @@ class JobRunner:
         self._timing = Timing(settings.lease_seconds, settings.poll_seconds, settings.progress_seconds)
         self._works: dict[str, JobWork] = {
             "train": TrainJob(base, bank, settings.prompts.steering),
-            "evaluate": EvaluateJob(base, bank, judges, settings.prompts),
+            "evaluate": EvaluateJob(base, bank, judges, settings.prompts, marker),
         }
         if drawer is not None and adapters is not None:
-            self._works["batch"] = BatchJob(base, drawer, adapters, safety or SafetyPolicy())
+            self._works["batch"] = BatchJob(base, drawer, adapters, safety or SafetyPolicy(), marker)
         self._wakes = {kind: threading.Event() for kind in self._works}
         self._stopping = threading.Event()
         self._lock = threading.Lock()

@@ -24,6 +24,7 @@ from mooring_server.engine.requests import (
 )
 from mooring_server.engine.tasks import TaskHandle
 from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.provenance.marks import Origin
 from mooring_server.rpc import facts, names
 from mooring_server.rpc.edge import Context
 from mooring_server.rpc.runtime import Runtime, find_adapter
@@ -58,6 +59,10 @@ class Prepared:
             pb.UsedAdapter(adapter=name, digest=use.weights.digest)
             for name, use in zip(self.adapters, self.request.adapters, strict=True)
         ]
+
+    def origin(self, base_digest: str) -> Origin:
+        """What the mark of its images says."""
+        return Origin(base_digest, tuple(use.weights.digest for use in self.request.adapters))
 
 
 def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepared:

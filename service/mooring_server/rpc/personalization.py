@@ -80,7 +80,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    for chunk in await _chunks(runtime, tenant, event, judged):
+                    for chunk in await _chunks(runtime, tenant, prepared, event, judged):
                         yield pb.GenerateResponse(image=chunk)
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch, TaskClass.INTERACTIVE)
@@ -167,7 +167,7 @@ async def _batch_results(
         try:
             async for event in events:
                 if isinstance(event, ImageReady):
-                    chunks = await _chunks(runtime, tenant, event, judged)
+                    chunks = await _chunks(runtime, tenant, prepared, event, judged)
                     yield [pb.GenerateBatchResponse(id=message.id, image=chunk) for chunk in chunks]
                 elif isinstance(event, Progress):
                     _note_step(runtime, watch, TaskClass.BATCH)
@@ -185,9 +185,12 @@ async def _batch_results(
 
 
 async def _chunks(
-    runtime: Runtime, tenant: str, event: ImageReady, judged: list[pb.SafetyVerdict]
+    runtime: Runtime, tenant: str, prepared: Prepared, event: ImageReady, judged: list[pb.SafetyVerdict]
 ) -> list[media_pb2.ImageChunk]:
-    """A finished image as messages, counted; none when it is withheld. Judged and compressed off the loop."""
+    """A finished image as messages, counted; none when it is withheld.
+
+    Judged, compressed and marked off the event loop, and off the engine's thread.
+    """
     trace = runtime.tracing.current()
     if runtime.safety.checks_images(tenant):
         verdicts = await asyncio.to_thread(runtime.safety.judge_image, tenant, event.image)
@@ -195,8 +198,11 @@ async def _chunks(
         if refusal(verdicts) is not None:
             facts.add("images_withheld", 1)
             return []
+    origin = prepared.origin(runtime.base.digest)
     began = time.time_ns()
-    chunks = await asyncio.to_thread(images.image_chunks, event.index, event.seed, event.image)
+    chunks = await asyncio.to_thread(
+        images.image_chunks, event.index, event.seed, event.image, runtime.marker, origin
+    )
     if trace is not None:
         trace.stage("encode", began, time.time_ns())
     runtime.metrics.images.inc()

@@ -13,6 +13,7 @@ from mooring_server.engine.tiers.host import AdapterTiers
 from mooring_server.errors import MooringError, Reason
 from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs.decoding.pool import DecoderPool
+from mooring_server.provenance.marks import Marker
 from mooring_server.rpc.edge import Gate
 from mooring_server.rpc.names import Resolved
 from mooring_server.rpc.quotas import DeviceTime, Quotas
@@ -32,6 +33,7 @@ class Runtime:
         quotas: rates and queue depths of tenants.
         device_time: engine time of tenants.
         safety: what is checked of prompts and images.
+        marker: signs into finished images where they come from.
         base_name: the base model's name to show.
         judges_available: whether evaluation jobs can run.
         prompts: what evaluations draw that name nothing.
@@ -50,6 +52,7 @@ class Runtime:
     adapters: AdapterTiers
     decoders: DecoderPool
     safety: SafetyPolicy
+    marker: Marker
     quotas: Quotas
     device_time: DeviceTime
     base_name: str

@@ -75,6 +75,14 @@ class Metrics:
         )
         self.prompt_hits = self._counter("mooring_prompt_cache_hits", "Look-ups that found it.", [])
         self.images = self._counter("mooring_images", "Images drawn and sent.", [])
+        self.mark_seconds = self._histogram(
+            "mooring_mark_seconds", "Signing the provenance mark of one image.", _FAST, []
+        )
+        self.mark_expiry = self._gauge(
+            "mooring_mark_certificate_expiry_timestamp_seconds",
+            "When the certificate of the provenance marks ends; 0 without marks.",
+            [],
+        )
         self.steps = self._counter("mooring_steps", "Denoising steps done for callers.", [])
         self.jobs_claimed = self._counter(
             "mooring_jobs_claimed", "Jobs taken up by this process.", ["kind", "attempt"]

@@ -72,7 +72,9 @@ class BatchResult(_message.Message):
     failed_count: _builtins.int
     """Rows that ended with an error."""
     manifest_digest: _builtins.str
-    """Digest of `manifest.jsonl`, "sha256:" and 64 hex digits. Equal files on equal bases give equal digests."""
+    """Digest of `manifest.jsonl`, "sha256:" and 64 hex digits. Images carry provenance marks with a time, so it differs
+    between two jobs of one file; `pixels_sha256` of their rows does not.
+    """
     def __init__(
         self,
         *,
