@@ -370,6 +370,72 @@ def test_a_full_disk_while_checkpointing_does_not_stop_training(
     assert ended(store, job).result["digest"] == expected_digest(photos)
 
 
+def test_previews_that_cannot_be_stored_do_not_stop_training(
+    store, objects, training, photos, start, monkeypatch
+) -> None:
+    real = LocalObjects.put
+
+    def full(self, key: str, data: bytes) -> None:
+        if "/previews/" in key:
+            raise StorageUnavailableError("The object folder fails: No space left on device.")
+        real(self, key, data)
+
+    monkeypatch.setattr(LocalObjects, "put", full)
+    job = new_job(store, preview_every=5)
+    start()
+    done = ended(store, job)
+    assert (done.attempts, done.result["digest"]) == (1, expected_digest(photos))
+
+
+def test_a_job_that_fails_beside_its_steps_leaves_none_running(
+    store, training, photos, start, monkeypatch
+) -> None:
+    def faulty(*_args, **_kwargs):
+        raise RuntimeError("a fault of the server")
+
+    monkeypatch.setattr(store, "append_event", faulty)
+    training.step_seconds = 0.001
+    start()
+    assert ended(store, new_job(store, steps=20_000)).error["reason"] == "INTERNAL"
+    until(lambda: training.closed == 1)
+
+
+def test_a_fault_while_looking_for_jobs_does_not_end_the_looking(
+    store, training, photos, start, monkeypatch
+) -> None:
+    real, faults = store.claim_job, [RuntimeError("first"), RuntimeError("second")]
+
+    def faulty(*args, **kwargs):
+        if faults:
+            raise faults.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store, "claim_job", faulty)
+    job = new_job(store)
+    start()
+    assert ended(store, job).state is JobState.SUCCEEDED
+    assert not faults
+
+
+def test_a_fault_while_looking_at_the_lease_does_not_end_the_looking(
+    store, training, photos, start, monkeypatch
+) -> None:
+    real, faults = store.get_job, [RuntimeError("first")]
+
+    def faulty(*args, **kwargs):
+        if faults and threading.current_thread().name.startswith("lease-"):
+            raise faults.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(store, "get_job", faulty)
+    training.step_seconds = 0.002
+    job = new_job(store, steps=20_000)
+    start()
+    until(lambda: not faults)
+    store.request_cancel("acme", job.job_id)
+    assert ended(store, job).state is JobState.CANCELLED
+
+
 def test_two_replicas_share_the_work(store, training, photos, start) -> None:
     jobs = [new_job(store, steps=5) for _ in range(6)]
     start()

@@ -180,12 +180,16 @@ class JobRunner:
 
     def _claim(self, kind: str) -> None:
         while not self._stopping.is_set():
-            job = None
+            ran = False
             try:
                 job = self._store.claim_job(self._settings.worker, self._settings.lease_seconds, kinds=[kind])
+                ran = job is not None and self._run(job)
             except StorageUnavailableError as error:
                 log.warning("looking for jobs again soon: %s", error.message)
-            if job is None or not self._run(job):
+            except Exception:
+                # A thread that ended here would leave a server that takes jobs and never runs one.
+                log.exception("looking for jobs again soon")
+            if not ran:
                 self._wakes[kind].wait(self._settings.poll_seconds)
                 self._wakes[kind].clear()
 

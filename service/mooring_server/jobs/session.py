@@ -8,7 +8,6 @@ host work, and notices cancellation.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -218,6 +217,7 @@ class JobSession:
             self.write_notes(final=True)
             return self._result_of(handle)
         finally:
+            handle.cancel()  # nothing when it has ended; else nobody would wait for what it makes
             with self._lock:
                 self._handle = None
 
@@ -264,11 +264,13 @@ class JobSession:
                 return
             self._progress, self._previews = None, []
         self._written, self._phase_written = time.monotonic(), str(progress.get("phase"))
-        pictures = [self._put_preview(step, index, pixels) for step, index, pixels in previews]
-        payload = finite(progress) | {"previews": pictures}
-        self._while_leased(
-            lambda: self.store.append_event(*self._claim, kind="progress", payload=payload), "progress"
-        )
+
+        def write() -> None:
+            pictures = [self._put_preview(step, index, pixels) for step, index, pixels in previews]
+            payload = finite(progress) | {"previews": pictures}
+            self.store.append_event(*self._claim, kind="progress", payload=payload)
+
+        self._while_leased(write, "progress")
 
     def put_artifact(self, filename: str, media_type: str, data: bytes) -> Document:
         """Store a file of the job; returns its description for the job's result."""
@@ -413,7 +415,7 @@ class JobSession:
         """Look at the job at every change and every `poll` seconds; renew its lease in good time."""
         renewed = time.monotonic()
         while not self._ended.is_set():
-            with contextlib.suppress(StorageUnavailableError):  # the lease may outlive that
+            try:
                 if time.monotonic() - renewed >= self._timing.lease / 3:
                     lease = self.store.heartbeat(*self._claim, self._timing.lease)
                     renewed = time.monotonic()
@@ -423,6 +425,10 @@ class JobSession:
                     self.stop(Stop.LEASE_LOST)
                 elif lease is Lease.CANCEL_REQUESTED:
                     self.stop(Stop.CANCELLED)
+            except StorageUnavailableError:
+                pass  # the lease may outlive that
+            except Exception:  # nor may any other fault end the renewals
+                log.exception("job %s: its lease could not be renewed", self.job.job_id)
             self._wake.wait(min(self._timing.poll, self._timing.lease / 3))
             self._wake.clear()
 
