@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from mooring_server.engine.base import load_base
-from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow, dump_rows, image_key, rows_key
+from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow, dump_rows, image_key, rows_stem
 from mooring_server.provenance import identity
 from mooring_server.provenance.verify import MarkState, examine
 from mooring_server.storage.models import Document, Job, JobState
+from mooring_server.storage.objects import content_key
 from PIL import Image
 from test_resume import FACTORS, finished
 from worker import PATIENCE, open_state
@@ -54,7 +55,8 @@ def new_batch(state: Path, base_digest: str) -> Job:
         "base_digest": base_digest,
     }
     job = store.create_job("acme", "batch", spec)
-    objects.put(rows_key(job.job_id), dump_rows(rows))
+    data = dump_rows(rows)
+    objects.put(content_key(rows_stem(job.job_id), data, "jsonl"), data)
     store.close()
     return job
 

@@ -16,7 +16,7 @@ from mooring_server.jobs import train_job
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.jobs.subjects import PhotoUpload, delete_subject, load_photos
 from mooring_server.storage.models import Job, JobState
-from mooring_server.storage.objects import LocalObjects
+from mooring_server.storage.objects import LocalObjects, content_key
 from mooring_server.storage.store import Store
 from pictures import jpeg, png, quarters
 from PIL import Image
@@ -277,6 +277,16 @@ def test_a_resumed_job_keeps_to_the_photos_it_began_with(store, objects, trainin
     upload.commit()
     start()
     assert ended(store, job).result["digest"] == expected_digest(photos, 100)
+
+
+def test_a_damaged_list_of_photos_is_made_anew(store, objects, training, photos, start) -> None:
+    """Half of it reached the store, and then its server died: nothing has used it yet."""
+    job = new_job(store)
+    key = content_key(f"jobs/{job.job_id}/photos", b"[]", "json")
+    objects.put(key, b"[]")
+    (objects.root / key).write_bytes(b"[")
+    start()
+    assert ended(store, job).result["digest"] == expected_digest(photos)
 
 
 def raising(error: BaseException) -> Callable[[], None]:

@@ -6,12 +6,13 @@ import contextlib
 import itertools
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -21,15 +22,17 @@ from hypothesis.stateful import (
     invariant,
     multiple,
     rule,
+    run_state_machine_as_test,
 )
 from mooring_server.errors import MooringError, StorageUnavailableError
 from mooring_server.storage import schema
+from mooring_server.storage.database import new_id
 from mooring_server.storage.garbage import Retention, collect
 from mooring_server.storage.jobs import LeaseLostError
 from mooring_server.storage.models import JobState, NewPhoto
 from mooring_server.storage.objects import LocalObjects, content_key
 from mooring_server.storage.store import Store
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 from store_rows import new_subject, publish
 
 DAY = 86_400.0
@@ -62,7 +65,13 @@ def referenced(store: Store) -> set[str]:
                 )
             )
         )
+        batches = select(schema.jobs.c.job_id).filter_by(kind="batch", state="PENDING")
+        keys |= {rows_of(job_id) for job_id in connection.scalars(batches)}
     return keys
+
+
+def rows_of(job_id: str) -> str:
+    return f"jobs/{job_id}/rows.jsonl"
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -73,6 +82,7 @@ class Interleavings(RuleBasedStateMachine):
 
     pending_photos = Bundle("pending_photos")
     pending_imports = Bundle("pending_imports")
+    pending_batches = Bundle("pending_batches")
     claims = Bundle("claims")
     trained = Bundle("trained")
     listed = Bundle("listed")
@@ -123,10 +133,21 @@ class Interleavings(RuleBasedStateMachine):
         with contextlib.suppress(StorageUnavailableError):
             publish(self.store, object_key=key)
 
+    @rule(target=pending_batches)
+    def put_rows(self) -> Any:
+        job_id = new_id()
+        self.objects.put(rows_of(job_id), b"r")
+        return job_id
+
+    @rule(job_id=consumes(pending_batches))
+    def queue_batch(self, job_id: str) -> None:
+        with contextlib.suppress(StorageUnavailableError):
+            self.store.create_job("acme", "batch", {}, job_id=job_id, objects=[rows_of(job_id)])
+
     @rule(target=claims)
     def claim(self) -> Any:
         self.store.create_job("acme", "train", {})
-        job = self.store.claim_job("worker", 30.0)
+        job = self.store.claim_job("worker", 30.0, kinds=["train"])
         return multiple() if job is None else job
 
     @rule(job=claims)
@@ -195,6 +216,35 @@ TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 
 
+def _no_refusal(_store: Store, _connection: Connection, _keys: Sequence[str]) -> None:
+    """A writer that does not look whether its object is condemned."""
+
+
+def _no_look(_store: Store, _connection: Connection, keys: Sequence[str], _retention: Retention) -> list[str]:
+    """A collector that does not look who refers to an object."""
+    return list(keys)
+
+
+@pytest.mark.parametrize(
+    ("protection", "broken"), [("require_not_condemned", _no_refusal), ("_unneeded", _no_look)]
+)
+def test_without_its_protection_a_loss_is_found(
+    protection: str, broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interleavings are worth what they can find: each half of the protocol alone loses objects."""
+    monkeypatch.setattr(Store, protection, broken)
+    many = settings(
+        max_examples=300,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Interleavings, settings=many)
+
+
 @pytest.fixture
 def objects(tmp_path: Path) -> LocalObjects:
     return LocalObjects(tmp_path / "objects")
@@ -217,6 +267,7 @@ def test_what_stays_and_what_goes(store: Store, clock: Any, objects: LocalObject
         f"jobs/{job.job_id}/photos.json",
         f"jobs/{ended.job_id}/artifacts/report.html",
         f"jobs/{ended.job_id}/previews/1.png",
+        f"jobs/{ended.job_id}/rows.jsonl",
         "somebody/elses",
     ]
     garbage = [
@@ -245,7 +296,7 @@ def test_what_stays_and_what_goes(store: Store, clock: Any, objects: LocalObject
     clock.now += 0.2 * DAY
     assert collect(store, objects).keys == ["adapters/live"]
     clock.now += 83 * DAY  # 90.1 since the evaluation's end
-    assert sorted(collect(store, objects).keys) == sorted(kept[5:7])
+    assert sorted(collect(store, objects).keys) == sorted(kept[5:8])
 
 
 def test_what_is_young_stays(store: Store, clock: Any, objects: LocalObjects) -> None:

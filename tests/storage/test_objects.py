@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.storage.buckets import open_objects
-from mooring_server.storage.objects import LocalObjects, ObjectStore, check_key, content_key
+from mooring_server.storage.objects import LocalObjects, ObjectStore, check_key, content_key, first_written
 from servers import BUCKET, S3
 
 _numbers = itertools.count()
@@ -266,3 +266,30 @@ def test_a_killed_writer_leaves_whole_objects(objects: LocalObjects) -> None:
         assert len(data) == 3_000_000
         assert len(set(data)) == 1
     assert list(objects.list()) == ["job/checkpoint"]
+
+
+def test_of_several_first_ones_the_oldest_whole_one_counts(tmp_path: Path) -> None:
+    objects = LocalObjects(tmp_path)
+    assert first_written(objects, "jobs/1/photos") is None
+    for seconds, data in ((30, b"second"), (10, b"damaged"), (20, b"first"), (40, b"third")):
+        key = content_key("jobs/1/photos", data, "json")
+        objects.put(key, data)
+        os.utime(tmp_path / key, (seconds, seconds))
+    (tmp_path / content_key("jobs/1/photos", b"damaged", "json")).write_bytes(b"damag")
+    os.utime(tmp_path / content_key("jobs/1/photos", b"damaged", "json"), (10, 10))
+    objects.put(content_key("jobs/1/photos-of-others", b"x", "json"), b"x")
+    assert first_written(objects, "jobs/1/photos") == b"first"
+
+
+def test_a_read_that_breaks_on_its_way_is_repeated(moto_server: S3) -> None:
+    with faulty(moto_server, seed=2) as (where, faults):
+        objects = where.objects("broken-reads")
+        key = content_key("adapters/1", b"factors", "bin")
+        objects.put(key, b"factors")
+        faults.rates = {"corrupt": 0.5}
+        whole = 0
+        for _ in range(8):
+            with contextlib.suppress(MooringError):  # broken three times in a row
+                whole += objects.get(key) == b"factors"
+        assert whole >= 6
+        assert faults.struck["corrupt"] > 3

@@ -27,23 +27,27 @@ from mooring_server.engine.adapters import AdapterWeights
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.policy import TaskClass
 from mooring_server.engine.requests import AdapterUse, GenerationEvent, GenerationRequest, ImageReady
-from mooring_server.errors import MooringError, Reason
+from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.jobs.batch_rows import (
     MANIFEST,
     PinnedRow,
     dump_manifest,
+    dump_rows,
     error_document,
     filename_of,
     image_key,
     load_rows,
     manifest_of,
-    rows_key,
+    rows_stem,
 )
 from mooring_server.jobs.photos import encode_png
 from mooring_server.jobs.session import Handle, JobSession, Pixels
 from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.safety.policy import SafetyPolicy, Verdict, refusal, withheld
-from mooring_server.storage.models import Adapter, Document, DoneRow, JobState
+from mooring_server.storage.database import new_id
+from mooring_server.storage.models import Adapter, Document, DoneRow, Job, JobState
+from mooring_server.storage.objects import ObjectStore, content_key, first_written
+from mooring_server.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,54 @@ class _Drawing:
             self.images.append(event.image)
 
 
+def queue_batch(
+    store: Store,
+    objects: ObjectStore,
+    tenant: str,
+    rows: Sequence[PinnedRow],
+    spec: Document,
+    *,
+    request_id: str = "",
+    traceparent: str | None = None,
+) -> Job:
+    """Store the rows, then queue the job that draws them.
+
+    Args:
+        store: where the job goes.
+        objects: where the rows go.
+        tenant: whose it is.
+        rows: complete, in the order of the file.
+        spec: as `BatchJob` says.
+        request_id: makes the call idempotent.
+        traceparent: the calling span, in W3C form.
+
+    Raises:
+        MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED: nothing was stored. STORAGE_UNAVAILABLE.
+    """
+    job_id = new_id()
+    data = dump_rows(rows)
+    key = content_key(rows_stem(job_id), data, "jsonl")
+    objects.put(key, data)
+    try:
+        job = store.create_job(
+            tenant,
+            "batch",
+            spec,
+            request_id=request_id,
+            job_id=job_id,
+            objects=[key],
+            traceparent=traceparent,
+        )
+    except StorageUnavailableError:  # the job may be there: rows that nobody draws are collected as garbage
+        raise
+    except MooringError:  # refused, so no job has these rows
+        objects.delete(key)
+        raise
+    if job.job_id != job_id:  # the same request was answered before
+        objects.delete(key)
+    return job
+
+
 class BatchJob:
     """Runs jobs with spec ``{"base_digest", "rows", "sha256", "filename", "size_bytes", "adapters"}``.
 
@@ -109,7 +161,7 @@ class BatchJob:
         """Draw what is missing, write the manifest and finish the job.
 
         Raises:
-            MooringError: BASE_DIGEST_MISMATCH.
+            MooringError: BASE_DIGEST_MISMATCH, OBJECT_DAMAGED.
             StoppedError: the job was stopped.
             LeaseLostError: another runner has it.
         """
@@ -122,7 +174,7 @@ class BatchJob:
                 remedy="Serve that base, or submit the file again.",
                 metadata={"expected": expected, "found": self._base.digest},
             )
-        rows = load_rows(session.objects.get(rows_key(job.job_id)))
+        rows = _pinned_rows(session)
         records = {done.row: done.record for done in _all_done(session)}
         _Run(self, session, rows, records).to_the_end()
         session.span.phase("publishing")
@@ -309,6 +361,17 @@ class _Run:
 def _told(verdicts: Sequence[Verdict]) -> Document:
     """The verdicts as the manifest has them; nothing where nothing was checked."""
     return {"safety": [verdict.to_json() for verdict in verdicts]} if verdicts else {}
+
+
+def _pinned_rows(session: JobSession) -> list[PinnedRow]:
+    written = first_written(session.objects, rows_stem(session.job.job_id))
+    if written is None:
+        raise MooringError(
+            Reason.OBJECT_DAMAGED,
+            "The rows of the batch are gone from the store.",
+            remedy="Submit the file again.",
+        )
+    return load_rows(written)
 
 
 def _all_done(session: JobSession) -> list[DoneRow]:

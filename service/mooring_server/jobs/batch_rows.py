@@ -119,12 +119,12 @@ def image_key(job_id: str, row: int, sha256: str) -> str:
     Named after its contents too: a runner that lost its lease without noticing writes beside its successor's
     image, never over it.
     """
-    return f"jobs/{job_id}/artifacts/images/{row:06d}-{sha256[:16]}.png"
+    return f"jobs/{job_id}/artifacts/images/{row:06d}.{sha256}.png"
 
 
-def rows_key(job_id: str) -> str:
-    """Where a job's pinned rows are stored."""
-    return f"jobs/{job_id}/rows.jsonl"
+def rows_stem(job_id: str) -> str:
+    """What the key of a job's pinned rows begins with; see `objects.content_key`."""
+    return f"jobs/{job_id}/rows"
 
 
 def _line(document: Document) -> bytes:

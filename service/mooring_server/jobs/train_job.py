@@ -19,7 +19,7 @@ from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
 from mooring_server.storage.models import Document
-from mooring_server.storage.objects import content_key
+from mooring_server.storage.objects import content_key, first_written
 from mooring_server.training.config import TrainConfig
 from mooring_server.training.trainer import TrainProgress, TrainResult, train
 
@@ -103,12 +103,14 @@ class TrainJob:
 def _pinned_photos(session: JobSession, subject_id: str) -> list[Image.Image]:
     """The photos that the subject had when the job first ran: later uploads must not change a resumed run."""
     tenant = session.job.tenant
-    key = f"jobs/{session.job.job_id}/photos.json"
-    try:
-        pinned: list[str] = json.loads(session.objects.get(key))
-    except KeyError:
+    stem = f"jobs/{session.job.job_id}/photos"
+    written = first_written(session.objects, stem)
+    if written is None:
         pinned = [photo.sha256 for photo in session.store.photos(tenant, subject_id)]
-        session.persist(lambda: session.objects.put(key, json.dumps(pinned).encode()))
+        data = json.dumps(pinned).encode()
+        session.persist(lambda: session.objects.put(content_key(stem, data, "json"), data))
+    else:
+        pinned = json.loads(written)
     return load_photos(session.store, session.objects, tenant, subject_id, only=pinned)
 
 

@@ -19,12 +19,12 @@ from mooring.v1 import personalization_pb2 as pb
 
 from mooring_server.engine.model import SAMPLERS
 from mooring_server.errors import FieldViolation, MooringError, Reason
-from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow, dump_rows, rows_key
+from mooring_server.jobs.batch_job import queue_batch
+from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow
 from mooring_server.jobs.photos import safe_filename
 from mooring_server.rpc import generation, names
 from mooring_server.rpc.runtime import Runtime, find_adapter
 from mooring_server.rpc.transfer import IncomingFile
-from mooring_server.storage.database import new_id
 from mooring_server.storage.models import Job
 
 MAX_LINE_BYTES = 64 * 1024
@@ -69,7 +69,6 @@ async def receive(runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunB
 def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: bytes) -> Job:
     generation.require_device_time(runtime, tenant)
     rows = _Checker(runtime, tenant).check(data)
-    job_id = new_id()
     spec = {
         "filename": filename,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -78,23 +77,15 @@ def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: 
         "adapters": len({use.name for row in rows for use in row.adapters}),
         "base_digest": runtime.base.digest,
     }
-    key = rows_key(job_id)
-    runtime.objects.put(key, dump_rows(rows))
-    try:
-        job = runtime.store.create_job(
-            tenant,
-            "batch",
-            spec,
-            request_id=request_id,
-            job_id=job_id,
-            traceparent=runtime.tracing.traceparent(),
-        )
-    except MooringError:  # refused, so no row refers to the object; after any other error one might
-        runtime.objects.delete(key)
-        raise
-    if job.job_id != job_id:  # the same request was answered before
-        runtime.objects.delete(key)
-    return job
+    return queue_batch(
+        runtime.store,
+        runtime.objects,
+        tenant,
+        rows,
+        spec,
+        request_id=request_id,
+        traceparent=runtime.tracing.traceparent(),
+    )
 
 
 class _Checker:

@@ -46,7 +46,9 @@ from mooring_server.storage.objects import (
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS = 3  # of a write that the bucket acknowledges and does not keep
+_ATTEMPTS = (
+    3  # of a write that the bucket acknowledges and does not keep, of a read that is not what it should be
+)
 _PAUSE_SECONDS = 0.2
 
 
@@ -131,9 +133,10 @@ class BucketObjects:
         """The bytes under `key`. Raises KeyError when there are none, OBJECT_DAMAGED when they are others."""
         check_key(key)
         with self._typed():
-            data = self._read(key)
-            if data is not None and not intact(key, data):
-                data = self._read(key)  # broken on its way, perhaps
+            for _ in range(_ATTEMPTS):
+                data = self._read(key)
+                if data is None or intact(key, data):
+                    break  # else it was broken on its way, perhaps
         if data is None:
             raise KeyError(key)
         return require_intact(key, data)

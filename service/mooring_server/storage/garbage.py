@@ -4,7 +4,8 @@ Kept is, by where a key lies:
 
     photos/…        what a photo's row names
     adapters/…      what an adapter's row names, for a while also after its deletion; files of unfinished jobs
-    jobs/<job>/…    everything of an unfinished job; of an ended one its artifacts and previews, for a while
+    jobs/<job>/…    everything of an unfinished job; of an ended one its artifacts, previews and rows, for a
+                    while: a backup whose database is older than its objects goes on with these rows
 
 Everything else there is garbage once it is older than a grace: what crashed uploads, imports and runners
 left, checkpoints of ended jobs. Keys elsewhere are not ours to judge and stay.
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _DAY = 86_400.0
 _BATCH = 200  # keys judged in one transaction
+_RESULTS = ("artifacts/", "previews/", "rows.")
 _MEMORY_SECONDS = 30 * _DAY  # how long condemned keys and request ids are remembered
 
 
@@ -43,7 +45,7 @@ class Retention:
 
     Attributes:
         orphans: objects that nothing refers to, from when they were written.
-        results: artifacts and previews of an ended job, from its end.
+        results: artifacts, previews and rows of an ended job, from its end.
         deleted_adapters: files of a deleted adapter, from its deletion.
     """
 
@@ -146,8 +148,7 @@ class Garbage(Database):
             if job is None:
                 continue
             if job.state not in FINAL_STATES or (
-                key.startswith((f"jobs/{owner}/artifacts/", f"jobs/{owner}/previews/"))
-                and job.end_time > since
+                key.startswith(tuple(f"jobs/{owner}/{kept}" for kept in _RESULTS)) and job.end_time > since
             ):
                 yield key
 

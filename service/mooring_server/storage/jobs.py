@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, func, null, or_, select, update
@@ -48,6 +48,7 @@ class Jobs(Usage):
         request_id: str = "",
         job_id: str = "",
         traceparent: str | None = None,
+        objects: Sequence[str] = (),
     ) -> Job:
         """Queue a job.
 
@@ -58,9 +59,11 @@ class Jobs(Usage):
             request_id: makes the call idempotent: the same request gives the job it made before.
             job_id: of `new_id`, where objects that the job needs were stored under it already.
             traceparent: the calling span, in W3C form.
+            objects: the keys of those objects.
 
         Raises:
-            MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED.
+            MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED; STORAGE_UNAVAILABLE also when one of the objects
+                was taken for garbage meanwhile.
         """
         job_id = job_id or new_id()
         with self.writing() as connection:
@@ -70,6 +73,8 @@ class Jobs(Usage):
             if made_before:
                 return job_of(self._job_row(connection, tenant, made_before))
             self.require_room(connection, tenant, jobs=1, adapters=int(kind == "train"))
+            if objects:
+                self.require_not_condemned(connection, objects)
             now = self.now(connection)
             values = {
                 "tenant": tenant,

@@ -97,6 +97,23 @@ def content_key(stem: str, data: bytes, suffix: str) -> str:
     return check_key(f"{stem}.{hashlib.sha256(data).hexdigest()}.{suffix}")
 
 
+def first_written(objects: ObjectStore, stem: str) -> bytes | None:
+    """What was written first under a `content_key` of that stem; None for nothing that is whole.
+
+    Several writers of one stem mean that one was taken for dead and went on: who came first is who counts.
+    """
+    for entry in sorted(objects.entries(f"{stem}."), key=lambda entry: (entry.modified, entry.key)):
+        try:
+            return objects.get(entry.key)
+        except KeyError:  # deleted since it was listed
+            continue
+        except MooringError as error:
+            if error.reason is not Reason.OBJECT_DAMAGED:
+                raise
+            log.warning("%s is passed over: %s", entry.key, error.message)
+    return None
+
+
 def intact(key: str, data: bytes) -> bool:
     """Whether `data` is what `key` names; true where a key names no content."""
     named = _CONTENT.search(key[-80:])
