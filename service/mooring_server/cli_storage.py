@@ -1,4 +1,4 @@
-"""`mooring db`, `gc`, `backup`, `restore`: what is kept, without a server."""
+"""`mooring db`, `gc`, `verify`, `backup`, `restore`: what is kept, without a server."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def gc(
         print_json({"seen": found.seen, "keys": found.keys, "size_bytes": found.size, "deleted": not dry_run})
         return
     for key in found.keys:
-        out.print(key, markup=False)
+        out.print(key, markup=False, soft_wrap=True)
     said = "would go" if dry_run else "deleted"
     out.print(f"{len(found.keys)} of {found.seen} objects {said}, {found.size:,} bytes")
 
@@ -140,6 +140,51 @@ def restore(
     out.print(f"{made.objects} objects and the database, {made.size:,} bytes, restored")
 
 
+def verify(
+    *,
+    database_url: DatabaseOption = "",
+    objects_url: ObjectsOption = "",
+    state_dir: StateDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read every object and compare it with its digest; look for those that photos and adapters need.
+
+    After a restore, or after a disk or a bucket has failed. Changes nothing;
+    servers may run. Ends with 1 where something is missing or damaged.
+
+    \b
+    mooring verify
+    mooring verify --database-url postgresql://mooring@db/mooring --objects-url s3://bucket/mooring
+    """
+    from mooring_server.storage import verify as verifying
+    from mooring_server.storage.store import Store
+
+    with errors_shown():
+        url, objects = _objects(database_url, objects_url, state_dir)
+        store = Store(url)
+        found = verifying.verify(store, objects)
+        store.close()
+    if as_json:
+        print_json(
+            {
+                "objects": found.objects,
+                "size_bytes": found.size,
+                "missing": found.missing,
+                "damaged": found.damaged,
+            }
+        )
+    else:
+        for what, keys in (("missing", found.missing), ("damaged", found.damaged)):
+            for key in keys:
+                out.print(f"{what} {key}", markup=False, soft_wrap=True)
+        out.print(f"{found.objects} objects, {found.size:,} bytes")
+    if found.missing or found.damaged:
+        raise fail(
+            f"{len(found.missing)} objects are missing, {len(found.damaged)} damaged.",
+            "Restore these keys from a backup; make what they belong to again where there is none.",
+        )
+
+
 @db.command()
 def upgrade(*, database_url: DatabaseOption = "", state_dir: StateDirOption = None) -> None:
     """Bring the database to this version's schema.
@@ -152,8 +197,9 @@ def upgrade(*, database_url: DatabaseOption = "", state_dir: StateDirOption = No
     mooring db upgrade --database-url postgresql://mooring@db/mooring
     """
     from mooring_server.storage import migrate
+    from mooring_server.storage.database import typed
 
-    with errors_shown():
+    with errors_shown(), typed():
         engine = _engine(database_url, state_dir)
         done = migrate.upgrade(engine)
         engine.dispose()
@@ -172,8 +218,9 @@ def current(
     mooring db current --json
     """
     from mooring_server.storage import migrate
+    from mooring_server.storage.database import typed
 
-    with errors_shown():
+    with errors_shown(), typed():
         engine = _engine(database_url, state_dir)
         found = migrate.current(engine)
         engine.dispose()

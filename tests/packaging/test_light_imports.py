@@ -53,6 +53,7 @@ COMMANDS = [
     "db",
     "db upgrade",
     "gc",
+    "verify",
     "backup",
     "restore",
 ]

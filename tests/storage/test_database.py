@@ -5,10 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from mooring_server.cli import app
+from mooring_server.errors import StorageUnavailableError
 from mooring_server.storage import schema
 from mooring_server.storage.store import Store
 from sqlalchemy import update
 from store_rows import new_subject
+from typer.testing import CliRunner
 
 
 def test_sqlite_is_set_up_to_survive_a_power_cut(tmp_path: Path) -> None:
@@ -78,3 +81,18 @@ def test_the_shared_clock_is_about_now(database_url: str) -> None:
     with store.reading() as connection:
         assert abs(store.now(connection) - time.time()) < 60
     store.close()
+
+
+@pytest.mark.parametrize("command", [["gc"], ["verify"], ["db", "upgrade"], ["db", "current"]])
+def test_a_database_that_is_away_is_said_to_be_that(tmp_path: Path, command: list[str]) -> None:
+    nowhere = f"postgresql://mooring@/mooring?host={tmp_path}"
+    with pytest.raises(StorageUnavailableError, match="The database is away"):
+        Store(nowhere)
+    done = CliRunner().invoke(app, [*command, "--database-url", nowhere, *_objects_of(command, tmp_path)])
+    assert done.exit_code == 5
+    assert "The database is away." in done.output
+    assert "Traceback" not in done.output
+
+
+def _objects_of(command: list[str], folder: Path) -> list[str]:
+    return [] if command[0] == "db" else ["--objects-url", str(folder / "objects")]

@@ -68,6 +68,9 @@ class Database:
         url: ``sqlite:///<path>`` or ``postgresql://user@host/name``.
         clock: seconds since the epoch, for tests. By default SQLite uses this machine's clock and PostgreSQL
             its server's, so that replicas with skewed clocks agree on when a lease ends.
+
+    Raises:
+        MooringError: STORAGE_UNAVAILABLE; INTERNAL when a newer server has migrated it.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
@@ -79,7 +82,8 @@ class Database:
         )
         self._reader = self._engine.execution_options(**snapshot)
         self._writer = self._engine.execution_options(mooring_writes=True)
-        migrate.upgrade(self._engine)
+        with typed():
+            migrate.upgrade(self._engine)
         self._pages = PageTokens(self._page_key())
 
     def close(self) -> None:
@@ -93,7 +97,7 @@ class Database:
             {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
         )
         with (
-            _typed(),
+            typed(),
             self._engine.connect().execution_options(**options) as connection,
             connection.begin(),
         ):
@@ -102,7 +106,7 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A write transaction: committed at the end of the block, rolled back when it raises."""
-        with _typed(), self._writer.begin() as connection:
+        with typed(), self._writer.begin() as connection:
             yield connection
 
     def now(self, connection: Connection) -> float:
@@ -211,8 +215,8 @@ class Database:
 
 
 @contextmanager
-def _typed() -> Iterator[None]:
-    """A database that is away, busy, full or read-only as STORAGE_UNAVAILABLE."""
+def typed() -> Iterator[None]:
+    """Of what SQLAlchemy raises, a database that is away, busy, full or read-only as STORAGE_UNAVAILABLE."""
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeoutError) as error:
