@@ -100,6 +100,16 @@ class Postgres:
             admin.execute(f"CREATE SCHEMA {name}")
         return f"postgresql://mooring@/postgres?host={self.folder}&options=-csearch_path%3D{name}"
 
+    def new_database(self) -> str:
+        """The URL of an empty database, for what works on a whole one."""
+        self._schemas += 1
+        name = f"database{self._schemas}"
+        with psycopg.connect(
+            host=str(self.folder), user="mooring", dbname="postgres", autocommit=True
+        ) as admin:
+            admin.execute(f"CREATE DATABASE {name}")
+        return f"postgresql://mooring@/{name}?host={self.folder}"
+
     def _run(self, program: str, *arguments: str) -> None:
         command = [self.binaries / program, "-D", self.folder / "data", *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self._account)

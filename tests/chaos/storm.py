@@ -1,32 +1,29 @@
 """Chaos over the storage: work goes on while things break, and afterwards nothing is lost, half or double.
 
-Each trial forks a worker that uploads photos, imports adapters and runs training and evaluation jobs through
-the real store, objects, sessions and runner; only the tensors are pretended, so that a trial takes a second.
-Every acknowledgement is noted in a file. The parent breaks something at a random instant, then checks:
-
-- lost: what was acknowledged is there, every object that a row names reads back with the digest of its key;
-- half: no succeeded job without its adapter, none with another digest than an undisturbed run gives;
-- double: no job with two adapters, no request answered twice with different resources.
-
-At the end an undisturbed worker finishes every job, the collector runs without any grace, and all is checked
-again.
+Workers are processes of their own (`work`): they are forked from a server process that has imported
+everything, so that one is there in a moment. The parent breaks something at a random instant, starts the next
+worker, measures how long it takes until the work goes on, and looks at everything (`checks`). At the end of a
+scenario an undisturbed worker answers every request and finishes every job, the collector runs without any
+grace, and all is read again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
-import json
+import multiprocessing
 import os
 import random
-import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -34,363 +31,458 @@ for folder in (TESTS, TESTS / "jobs"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from fakes import FakeTraining, chain, fake_certificate, real_engine, weights_of  # noqa: E402
 from faulty_s3 import Faults, faulty  # noqa: E402
-from mooring_server.engine.policy import TaskClass  # noqa: E402
 from mooring_server.errors import MooringError  # noqa: E402
-from mooring_server.jobs import train_job  # noqa: E402
-from mooring_server.jobs.runner import JobRunner, RunnerSettings  # noqa: E402
-from mooring_server.jobs.session import JobSession  # noqa: E402
-from mooring_server.jobs.subjects import PhotoUpload, load_photos  # noqa: E402
-from mooring_server.storage.garbage import Retention, collect  # noqa: E402
-from mooring_server.storage.models import JobState  # noqa: E402
-from mooring_server.storage.objects import LocalObjects, ObjectStore, content_key  # noqa: E402
-from mooring_server.storage.store import Store  # noqa: E402
-from PIL import Image  # noqa: E402
-from servers import Postgres, moto  # noqa: E402
+from mooring_server.storage.garbage import collect  # noqa: E402
+from servers import S3, Postgres, moto  # noqa: E402
 
-RIGHTS = {"basis": "OWNED"}
-STEPS = 40
-PATIENCE = 300.0
+from . import real  # noqa: E402
+from .checks import Checker  # noqa: E402
+from .place import Place  # noqa: E402
+from .table import Row  # noqa: E402
+from .work import JOB_KINDS, NO_GRACE, Orders, run, settle  # noqa: E402
+
+PATIENCE = 120.0
+"""Seconds after which something will not happen any more, on a machine that is busy with other work."""
+FOCI = {"training": 0.6, "evaluation": 0.15, "batch": 0.3, "publish": 0.02, "upload": 0.03}
+"""What kills are aimed at, and within how many seconds of its begin they come."""
+_DISK_BYTES = 32 * 2**20
 
 
-@dataclass
-class Row:
-    """One line of the table."""
+class Scene:
+    """One scenario under way: the place, its checker, its row, its workers."""
+
+    def __init__(self, place: Place, row: Row, seed: int) -> None:
+        settle(place)
+        self.place, self.row, self.chance = place, row, random.Random(seed)
+        self.checker = Checker(place)
+        self._seed, self._workers = seed * 1000, []
+
+    def start(self, **orders: object) -> BaseProcess:
+        """One more worker."""
+        self._seed += 1
+        process = _context().Process(target=run, args=(self.place, Orders(self._seed, **orders)), daemon=True)
+        process.start()
+        self._workers.append(process)
+        return process
+
+    def kill(self, process: BaseProcess) -> None:
+        """End it at once, as a power cut would."""
+        process.kill()
+        process.join()
+
+    def answers(self) -> int:
+        """How many requests were answered so far."""
+        return sum("done" in note for note in self.place.said())
+
+    def goes_on(self, held: dict[str, str], since: float) -> bool:
+        """Wait until those jobs run again and requests are answered; note how long it took."""
+        before = self.answers()
+        worked = _until(lambda: self.answers() > before and self.checker.taken_over(held))
+        if worked:
+            self.row.seconds.append(time.monotonic() - since)
+        return worked
+
+    def is_busy(self, focus: str) -> bool:
+        """Whether what a kill is aimed at is under way."""
+        if focus in JOB_KINDS:
+            return JOB_KINDS[focus] in self.checker.kinds_running()
+        notes = self.place.said()
+        return bool(notes) and notes[-1].get("begin") == focus
+
+    def look(self, *, finished: bool = False) -> None:
+        """Check everything."""
+        self.checker.look(self.row, finished=finished)
+
+    def finish(self) -> Row:
+        """Undisturbed, to the end; then the collector without any grace."""
+        for process in self._workers:
+            self.kill(process)
+        last = self.start(produce=False, seconds=PATIENCE)
+        last.join(PATIENCE + 30)
+        self.kill(last)
+        self.look(finished=True)
+        # objects have the times of the machine's clock: a moment later even the newest is old enough
+        store = self.place.store(clock=lambda: time.time() + 10)
+        self.row.collected = len(collect(store, self.place.objects(), NO_GRACE).keys)
+        store.close()
+        self.look(finished=True)
+        self.checker.close()
+        return self.row
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    """Processes forked from one that has imported everything and has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.work", f"{__package__}.real"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _until(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with contextlib.suppress(MooringError):  # the database is away
+            if condition():
+                return True
+        time.sleep(0.01)
+    return False
+
+
+# -- scenarios ------------------------------------------------------------------------------------------
+
+
+def kills(place: Place, times: int, seed: int, name: str, focus: str) -> Row:
+    """kill -9 at a random instant while something is under way; every fifth one while the worker starts."""
+    scene = Scene(place, Row(name), seed)
+    row, chance = scene.row, scene.chance
+    worker = scene.start(focus=focus)
+    held: dict[str, str] = {}
+    waited_for = 0
+    started = time.monotonic()
+    for time_ in range(times):
+        if time_ % 5 == 4:
+            time.sleep(chance.uniform(0.0, 0.6))
+        else:
+            if scene.goes_on(held, started):
+                row.recovered += waited_for
+                waited_for = 0
+            _until(partial(scene.is_busy, focus), 30.0)
+            time.sleep(chance.uniform(0.0, FOCI[focus]))
+        row.struck += scene.is_busy(focus)
+        scene.kill(worker)
+        row.times += 1
+        waited_for += 1
+        held = scene.checker.running()
+        scene.look()
+        worker, started = scene.start(focus=focus), time.monotonic()
+    row.seconds = row.seconds[1:]  # the first one began from nothing
+    if scene.goes_on(held, started):
+        row.recovered += waited_for
+    return scene.finish()
+
+
+def takeovers(place: Place, times: int, seed: int) -> Row:
+    """Two replicas: the one that trains is killed, the other has to take the job over."""
+    scene = Scene(place, Row("two replicas, the one that trains is killed"), seed)
+    row = scene.row
+    workers = {f"worker-{process.pid}": process for process in (scene.start(focus="training") for _ in "12")}
+    for _ in range(times):
+        _until(lambda: scene.checker.worker_of("train") in workers)
+        time.sleep(scene.chance.uniform(0.0, 0.5))
+        runner = scene.checker.worker_of("train")
+        victim = runner if runner in workers else min(workers)
+        row.struck += runner in workers
+        scene.kill(workers.pop(victim))
+        row.times += 1
+        row.recovered += scene.goes_on(scene.checker.running(), time.monotonic())
+        scene.look()
+        process = scene.start(focus="training")
+        workers[f"worker-{process.pid}"] = process
+    return scene.finish()
+
+
+def frozen(place: Place, times: int, seed: int) -> Row:
+    """Two replicas on the same jobs; each freezes longer than its lease and wakes up again."""
+    scene = Scene(place, Row("two replicas, frozen in turn past their leases"), seed)
+    row = scene.row
+    workers = [scene.start() for _ in range(2)]
+    _until(lambda: scene.answers() > 5)
+    for _ in range(times):
+        time.sleep(scene.chance.uniform(0.1, 0.5))
+        victim = scene.chance.choice(workers)
+        os.kill(victim.pid, signal.SIGSTOP)
+        since, held = time.monotonic(), scene.checker.running()
+        row.times += 1
+        row.struck += bool(held)
+        time.sleep(1.5)
+        os.kill(victim.pid, signal.SIGCONT)
+        row.recovered += scene.goes_on(held, since)
+        scene.look()
+        workers = [process if process.is_alive() else scene.start() for process in workers]
+    return scene.finish()
+
+
+def database_restarts(place: Place, server: Postgres, times: int, seed: int) -> Row:
+    """PostgreSQL stops as in a crash and comes back; the worker lives on."""
+    scene = Scene(place, Row("PostgreSQL stopped and started"), seed)
+    row = scene.row
+    worker = scene.start(seconds=3600.0)
+    _until(lambda: scene.answers() > 5)
+    for _ in range(times):
+        time.sleep(scene.chance.uniform(0.3, 1.5))
+        row.struck += bool(scene.checker.running())
+        server.stop()
+        row.times += 1
+        time.sleep(scene.chance.uniform(0.1, 2.0))
+        server.start()
+        row.recovered += scene.goes_on({}, time.monotonic())
+        scene.look()
+        if not worker.is_alive():
+            row.found("lost", "the worker did not outlive the restart")
+            worker = scene.start(seconds=3600.0)
+    return scene.finish()
+
+
+def bucket_faults(
+    place: Place, faults: Faults, times: int, seed: int, name: str, rates: list[dict[str, float]]
+) -> Row:
+    """S3 misbehaves for a while; every second time the worker is killed in it."""
+    scene = Scene(place, Row(name), seed)
+    row = scene.row
+    worker = scene.start(seconds=3600.0)
+    _until(lambda: scene.answers() > 5)
+    for time_ in range(times):
+        before = sum(faults.struck.values())
+        faults.rates = rates[time_ % len(rates)]
+        time.sleep(scene.chance.uniform(2.0, 4.0))
+        held = scene.checker.running()
+        if time_ % 2:
+            scene.kill(worker)
+        else:
+            held = {}
+        row.struck += sum(faults.struck.values()) > before
+        faults.rates = {}
+        row.times += 1
+        if not worker.is_alive():
+            if not time_ % 2:
+                row.found("lost", "the worker did not outlive the faults")
+            worker = scene.start(seconds=3600.0)
+        row.recovered += scene.goes_on(held, time.monotonic())
+        scene.look()
+    return scene.finish()
+
+
+def full_disk(place: Place, disk: Path, times: int, seed: int) -> Row:
+    """The file system fills up and is emptied again; every second time the worker is killed meanwhile."""
+    scene = Scene(place, Row("disk full (a small file system)"), seed)
+    row, ballast = scene.row, disk / "ballast"
+    worker = scene.start(seconds=3600.0)
+    _until(lambda: scene.answers() > 5)
+    for time_ in range(times):
+        time.sleep(scene.chance.uniform(0.2, 1.0))
+        _fill(ballast, leave=scene.chance.choice([0, 4096, 65_536]))
+        row.times += 1
+        time.sleep(scene.chance.uniform(0.3, 2.0))
+        row.struck += shutil.disk_usage(disk).free < 65_536
+        held = scene.checker.running() if time_ % 2 else {}
+        if time_ % 2:
+            scene.kill(worker)
+        ballast.unlink()
+        if not worker.is_alive():
+            if not time_ % 2:
+                row.found("lost", "the worker did not outlive the full disk")
+            worker = scene.start(seconds=3600.0)
+        row.recovered += scene.goes_on(held, time.monotonic())
+        scene.look()
+    return scene.finish()
+
+
+def _fill(ballast: Path, *, leave: int) -> None:
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(65_536))
+    os.truncate(ballast, max(0, ballast.stat().st_size - leave))
+
+
+def limited_files(place: Place, times: int, seed: int) -> Row:
+    """No file may grow beyond a limit: the database's journal, objects, checkpoints hit it. Needs no root."""
+    scene = Scene(place, Row("disk full (files that cannot grow)"), seed)
+    row = scene.row
+    for _ in range(times):
+        limit = scene.chance.choice([90, 2000, 60_000, 130_000])
+        worker = scene.start(file_limit=limit)
+        time.sleep(scene.chance.uniform(1.0, 2.0))
+        scene.kill(worker)
+        row.times += 1
+        row.struck += 1
+        scene.look()
+        worker = scene.start()
+        row.recovered += scene.goes_on(scene.checker.running(), time.monotonic())
+        scene.kill(worker)
+    return scene.finish()
+
+
+# -- where they rage ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One row of the table to be.
+
+    Attributes:
+        name: for `--only`.
+        run: makes the row.
+    """
 
     name: str
-    trials: int = 0
-    acknowledged: int = 0
-    jobs: int = 0
-    takeovers: int = 0
-    orphans: int = 0
-    problems: list[str] = field(default_factory=list)
+    run: Callable[[], Row]
 
 
-class FakeEvaluation:
-    """Stands in for `EvaluateJob`: some ticks, files, the end."""
+class Backends:
+    """PostgreSQL, S3 and a proxy before it, each started when it is first needed."""
 
-    def run(self, session: JobSession) -> None:
-        def ticks() -> Iterator[None]:
-            for step in range(10):
-                session.report({"phase": "drawing", "step": step, "steps": 10})
-                time.sleep(0.002)
-                yield
+    def __init__(self, stack: contextlib.ExitStack, seed: int) -> None:
+        self._stack, self._seed, self._number = stack, seed, 0
+        self._postgres: Postgres | None = None
+        self._bucket: S3 | None = None
+        self._behind: tuple[S3, Faults] | None = None
 
-        session.drive(ticks(), TaskClass.EVALUATION)
-        files = [session.put_artifact(f"{n}.json", "application/json", b'{"n": %d}' % n) for n in range(3)]
-        result = {"evaluation": files[0]["object_key"], "artifacts": files, "metrics": {}}
-        job = session.job
-        session.persist(
-            lambda: session.store.finish_job(
-                job.tenant, job.job_id, job.lease, JobState.SUCCEEDED, result=result
+    @property
+    def postgres(self) -> Postgres:
+        """The server."""
+        if self._postgres is None:
+            self._postgres = self._stack.enter_context(Postgres())
+        return self._postgres
+
+    @property
+    def behind(self) -> tuple[S3, Faults]:
+        """The bucket behind the proxy, and what goes wrong there."""
+        if self._behind is None:
+            self._behind = self._stack.enter_context(faulty(self.bucket, self._seed))
+        return self._behind
+
+    @property
+    def bucket(self) -> S3:
+        """The bucket itself."""
+        if self._bucket is None:
+            self._bucket = self._stack.enter_context(moto())
+        return self._bucket
+
+    @contextlib.contextmanager
+    def shared(self, *, proxied: bool = False) -> Iterator[Place]:
+        """A place on PostgreSQL and S3."""
+        self._number += 1
+        with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as folder:
+            yield Place(
+                Path(folder),
+                self.postgres.new_url(),
+                bucket=self.behind[0] if proxied else self.bucket,
+                prefix=f"chaos{self._number}",
             )
-        )
-
-
-class Place:
-    """A database and objects that workers and the parent open for themselves."""
-
-    def __init__(self, folder: Path, url: str, objects: Callable[[], ObjectStore]) -> None:
-        self.folder, self.url, self.objects = folder, url, objects
-        self.notes = folder / "acknowledged"
-        self.notes.touch()
-        store = Store(url)
-        store.create_subject("acme", "duck", class_noun="bird", placeholder="<duck>", rights=RIGHTS)
-        upload = PhotoUpload(store, objects(), "acme", "duck")
-        upload.add("first.png", _png(0))
-        upload.commit()
-        # The jobs' subject gets no more photos, so that one digest is right for all of them.
-        store.create_subject("acme", "album", class_noun="bird", placeholder="<album>", rights=RIGHTS)
-        photos = [image.tobytes() for image in load_photos(store, objects(), "acme", "duck")]
-        self.digest = weights_of(chain(photos, STEPS, 0)).digest
-        store.close()
-
-
-def _png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (40, 40), (number % 256, number // 256 % 256, 7)).save(file, "PNG")
-    return file.getvalue()
-
-
-def worker(place: Place, seed: int, *, produce: bool, seconds: float) -> None:
-    """Do everything at once until `seconds` are over; never returns."""
-    fake = FakeTraining()
-    fake.step_seconds = 0.004
-    train_job.train = fake
-    train_job.certificate.build = fake_certificate
-    store, objects = Store(place.url), place.objects()
-    engine = real_engine()
-    # A storm kills more often than a machine does: no job is to be given up for it.
-    store.claim_job = functools.partial(store.claim_job, max_crashes=10**6)
-    paces = {"lease_seconds": 1.0, "poll_seconds": 0.05, "progress_seconds": 0.05}
-    settings = RunnerSettings(f"worker-{os.getpid()}", **paces)
-    runner = JobRunner(store, objects, engine, None, None, None, settings)
-    runner._works = {**runner._works, "evaluate": FakeEvaluation()}
-    runner.start()
-    end = time.monotonic() + seconds
-    number = seed * 1000
-    notes = os.open(place.notes, os.O_WRONLY | os.O_APPEND)
-
-    def note(**said: object) -> None:
-        os.write(notes, (json.dumps(said) + "\n").encode())
-
-    while time.monotonic() < end:
-        number += 1
-        try:
-            if produce:
-                _produce(store, objects, number, note)
-            elif all(job.state.final for job in store.list_jobs("acme", page_size=1000)[0]):
-                break
-        except MooringError:
-            pass  # a typed refusal: nothing was acknowledged
-        time.sleep(0.02)
-    runner.stop(10.0)
-    os._exit(0)
-
-
-def _produce(store: Store, objects: ObjectStore, number: int, note: Callable[..., None]) -> None:
-    upload = PhotoUpload(store, objects, "acme", "album")
-    if number % 1000 < 90:
-        upload.add(f"{number}.png", _png(number))
-        photos, _ = upload.commit()
-        note(photo=photos[0].sha256)
-    data = b"imported %d" % number
-    key = content_key(f"adapters/import{number}", data, "safetensors")
-    objects.put(key, data)
-    for _ in range(2):  # repeated, as a client does that did not hear the answer
-        made = store.publish_adapter(
-            "acme",
-            f"import{number}",
-            object_key=key,
-            digest=f"sha256:{number:064x}",
-            base_digest="sha256:" + "b" * 64,
-            rank=1,
-            size_bytes=len(data),
-            class_noun="",
-            placeholder="",
-            rights=RIGHTS,
-            certificate={},
-            summary={},
-            request_id=f"import-{number}",
-        )
-        note(adapter=made.name, object_key=made.object_key)
-    config = {"steps": STEPS, "preview_every": 20}
-    spec = {"subject": "duck", "adapter_id": "duck", "config": config}
-    if number % 1000 in {2, 6}:
-        note(job=store.create_job("acme", "train", spec, request_id=f"train-{number}").job_id)
-    if number % 1000 == 3:
-        spec = {"adapter": "", "subject": "duck", "config": {}}
-        note(job=store.create_job("acme", "evaluate", spec, request_id=f"evaluate-{number}").job_id)
-
-
-def fork(place: Place, seed: int, *, produce: bool = True, seconds: float = 3.0, limit: int = 0) -> int:
-    """Start a worker; returns its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 2)
-        if limit:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        worker(place, seed, produce=produce, seconds=seconds)
-    finally:
-        os._exit(1)
-
-
-def check(place: Place, row: Row, *, finished: bool = False) -> None:
-    """Look for what is lost, half or double."""
-    store, objects = Store(place.url), place.objects()
-    try:
-        said = [json.loads(line) for line in place.notes.read_text().splitlines()]
-        row.acknowledged = len(said)
-        photos = {photo.sha256: photo for name in ("duck", "album") for photo in store.photos("acme", name)}
-        adapters = {}
-        token = ""
-        while True:
-            page, token = store.list_adapters("acme", page_size=1000, page_token=token)
-            adapters |= {adapter.name: adapter for adapter in page}
-            if not token:
-                break
-        jobs = {job.job_id: job for job in store.list_jobs("acme", page_size=1000)[0]}
-        for one in said:
-            if "photo" in one and one["photo"] not in photos:
-                row.problems.append(f"lost photo {one['photo'][:8]}")
-            if "job" in one and one["job"] not in jobs:
-                row.problems.append(f"lost job {one['job']}")
-            if "adapter" in one:
-                found = adapters.get(one["adapter"])
-                if found is None:
-                    row.problems.append(f"lost {one['adapter']}")
-                elif found.object_key != one["object_key"]:
-                    row.problems.append(f"two answers for {one['adapter']}")
-        for key in [row_.object_key for row_ in (*photos.values(), *adapters.values())]:
-            try:
-                objects.get(key)
-            except (KeyError, MooringError):
-                row.problems.append(f"a row names {key}, which is not whole")
-        made = [adapter.job_id for adapter in adapters.values() if adapter.job_id]
-        if len(made) != len(set(made)):
-            row.problems.append("a job with two adapters")
-        if any(a.version > 1 and a.adapter_id.startswith("import") for a in adapters.values()):
-            row.problems.append("an import with two versions")
-        for job in jobs.values():
-            if job.state is JobState.FAILED:
-                row.problems.append(f"failed: {job.kind} {job.error}")
-            elif job.state is JobState.SUCCEEDED and job.kind == "train":
-                if job.result["digest"] != place.digest:
-                    row.problems.append(f"job {job.job_id} has another digest")
-                if job.job_id not in made:
-                    row.problems.append(f"job {job.job_id} succeeded without its adapter")
-            elif finished and not job.state.final:
-                row.problems.append(f"job {job.job_id} is still {job.state}")
-        row.jobs = len(jobs)
-        row.takeovers = sum(max(0, job.attempts - 1) for job in jobs.values())
-    finally:
-        store.close()
-
-
-def finish(place: Place, row: Row) -> None:
-    """Undisturbed, to the end; then the collector without any grace."""
-    pid = fork(place, 999, produce=False, seconds=PATIENCE)
-    os.waitpid(pid, 0)
-    check(place, row, finished=True)
-    store = Store(place.url, clock=lambda: time.time() + 10)
-    row.orphans = len(collect(store, place.objects(), Retention(0.0, 1e9, 0.0)).keys)
-    store.close()
-    check(place, row, finished=True)
-
-
-def _settle(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-
-
-def kills(place: Place, trials: int, seed: int, name: str) -> Row:
-    """kill -9 at random instants."""
-    row, chance = Row(name), random.Random(seed)
-    for trial in range(trials):
-        pid = fork(place, seed * 100 + trial, seconds=60.0)
-        if trial % 4:  # the others die while they start
-            _until_it_works(place)
-        time.sleep(chance.uniform(0.0, 1.2))
-        _settle([pid])
-        check(place, row)
-        row.trials += 1
-    finish(place, row)
-    return row
-
-
-def _until_it_works(place: Place) -> None:
-    before, deadline = place.notes.stat().st_size, time.monotonic() + 30.0
-    while place.notes.stat().st_size == before and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def frozen(place: Place, trials: int, seed: int) -> Row:
-    """Two replicas on the same jobs; each freezes longer than its lease and wakes up again."""
-    row, chance = Row("two replicas, frozen in turn"), random.Random(seed)
-    pids = [fork(place, seed * 100 + n, seconds=120.0) for n in range(2)]
-    _until_it_works(place)
-    for _ in range(trials):
-        time.sleep(chance.uniform(0.1, 0.5))
-        victim = chance.choice(pids)
-        os.kill(victim, signal.SIGSTOP)
-        time.sleep(1.5)
-        os.kill(victim, signal.SIGCONT)
-        row.trials += 1
-    _settle(pids)
-    check(place, row)
-    finish(place, row)
-    return row
-
-
-def database_restarts(place: Place, server: Postgres, trials: int, seed: int) -> Row:
-    """PostgreSQL stops as in a crash and comes back."""
-    row, chance = Row("PostgreSQL stopped and started"), random.Random(seed)
-    pid = fork(place, seed * 100, seconds=120.0)
-    _until_it_works(place)
-    for _ in range(trials):
-        time.sleep(chance.uniform(0.3, 1.5))
-        server.stop()
-        time.sleep(chance.uniform(0.1, 0.6))
-        server.start()
-        row.trials += 1
-    time.sleep(0.5)
-    _settle([pid])
-    check(place, row)
-    finish(place, row)
-    return row
-
-
-def bucket_faults(place: Place, faults: Faults, trials: int, seed: int) -> Row:
-    """S3 fails, dawdles, loses and lies."""
-    row = Row("S3 failing, slow, lying")
-    for trial in range(trials):
-        faults.rates = {"fail": 0.1, "drop": 0.05, "slow": 0.1, "lose": 0.1, "truncate": 0.1, "corrupt": 0.05}
-        pid = fork(place, seed * 100 + trial, seconds=60.0)
-        time.sleep(4.0)
-        _settle([pid])
-        faults.rates = {}
-        check(place, row)
-        row.trials += 1
-    finish(place, row)
-    return row
-
-
-def full_disk(place: Place, trials: int, seed: int) -> Row:
-    """No file may grow beyond a limit: the database's journal, objects, checkpoints hit it."""
-    row, chance = Row("disk full"), random.Random(seed)
-    for trial in range(trials):
-        pid = fork(place, seed * 100 + trial, seconds=60.0, limit=chance.choice([90, 2000, 60_000, 130_000]))
-        time.sleep(2.0)
-        _settle([pid])
-        check(place, row)
-        row.trials += 1
-    finish(place, row)
-    return row
 
 
 @contextlib.contextmanager
-def local_place() -> Iterator[Place]:
-    """SQLite and a folder."""
+def local(state: Path | None = None) -> Iterator[Place]:
+    """A place on SQLite and a folder."""
     with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as name:
-        folder = Path(name)
-        yield Place(folder, f"sqlite:///{folder}/mooring.db", lambda: LocalObjects(folder / "objects"))
+        state = state or Path(name)
+        yield Place(Path(name), f"sqlite:///{state}/mooring.db", root=str(state / "objects"))
 
 
-def storm(trials: int, seed: int = 1, *, only: str = "") -> Iterator[Row]:
-    """Every scenario, one row each."""
-    for name, run in (("kill", kills_here), ("disk", full_disk_here), ("shared", shared)):
-        if only in name:
-            yield from run(trials, seed)
+def scenarios(times: int, seed: int, backends: Backends) -> list[Scenario]:
+    """Every scenario, in the order of the table.
+
+    Args:
+        times: kills on SQLite and a folder, over all five; the others follow from it.
+        seed: of everything random.
+        backends: where the shared ones run.
+    """
+    each, fewer, tenth = max(1, times // len(FOCI)), max(1, times * 3 // 10 // len(FOCI)), max(2, times // 10)
+    made = []
+    for number, focus in enumerate(FOCI):
+        name = f"kill -9 in {focus}, SQLite and a folder"
+        made.append(Scenario(f"kill-local-{focus}", partial(_kills_here, each, seed + number, name, focus)))
+    for number, focus in enumerate(FOCI, start=10):
+        name = f"kill -9 in {focus}, PostgreSQL and S3"
+        work = partial(kills, times=fewer, seed=seed + number, name=name, focus=focus)
+        made.append(Scenario(f"kill-shared-{focus}", partial(_shared, backends, work)))
+    failing = [{"fail": 0.2, "drop": 0.1, "slow": 0.3}, {"fail": 1.0}, {"slow": 1.0}]
+    lying = [{"lose": 0.2, "truncate": 0.2, "stale": 0.2, "corrupt": 0.05}]
+    made += [
+        Scenario(
+            "replicas-killed", partial(_shared, backends, partial(takeovers, times=tenth, seed=seed + 20))
+        ),
+        Scenario("replicas-frozen", partial(_shared, backends, partial(frozen, times=tenth, seed=seed + 21))),
+        Scenario("postgresql", partial(_restarts, backends, tenth, seed + 22)),
+        Scenario(
+            "s3-failing", partial(_faults, backends, tenth, seed + 23, "S3 failing, slow, away", failing)
+        ),
+        Scenario(
+            "s3-lying", partial(_faults, backends, tenth, seed + 24, "S3 lying about writes and reads", lying)
+        ),
+        Scenario("disk-full", partial(_full_disk_here, tenth, seed + 25)),
+        Scenario("disk-limit", partial(_limited_here, tenth, seed + 26)),
+        Scenario("real-server", partial(_kills_of_servers, tenth, seed + 27)),
+    ]
+    return made
 
 
-def kills_here(trials: int, seed: int) -> Iterator[Row]:
-    with local_place() as place:
-        yield kills(place, trials, seed, "kill -9, SQLite and a folder")
+def _kills_of_servers(times: int, seed: int) -> Row:
+    servers: list[BaseProcess] = []
+
+    def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
+        servers.append(_context().Process(target=function, args=arguments))
+        servers[-1].start()
+        return servers[-1]
+
+    with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as folder:
+        try:
+            return real.kills(Path(folder), times, seed, start)
+        finally:
+            for server in servers:
+                server.kill()
 
 
-def full_disk_here(trials: int, seed: int) -> Iterator[Row]:
-    with local_place() as place:
-        yield full_disk(place, max(2, trials // 10), seed)
+def _kills_here(times: int, seed: int, name: str, focus: str) -> Row:
+    with local() as place:
+        return kills(place, times, seed, name, focus)
 
 
-def shared(trials: int, seed: int) -> Iterator[Row]:
-    with Postgres() as server, moto() as bucket, faulty(bucket, seed) as (behind, faults):
-        for number, run in enumerate(
-            (
-                lambda place: kills(place, trials, seed + 1, "kill -9, PostgreSQL and S3"),
-                lambda place: frozen(place, max(2, trials // 10), seed + 2),
-                lambda place: database_restarts(place, server, max(2, trials // 20), seed + 3),
-                lambda place: bucket_faults(place, faults, max(2, trials // 10), seed + 4),
-            )
-        ):
-            with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as folder:
-                where = behind if number == 3 else bucket
-                prefix = f"chaos{number}"
-                yield run(Place(Path(folder), server.new_url(), lambda w=where, p=prefix: w.objects(p)))
+def _limited_here(times: int, seed: int) -> Row:
+    with local() as place:
+        return limited_files(place, times, seed)
+
+
+def _full_disk_here(times: int, seed: int) -> Row:
+    with tempfile.TemporaryDirectory(prefix="mooring-disk-") as name:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", name]
+        try:
+            subprocess.run(mount, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return Row("disk full (a small file system)", not_run="mounting a small file system needs root")
+        try:
+            with local(Path(name)) as place:
+                return full_disk(place, Path(name), times, seed)
+        finally:
+            subprocess.run(["umount", "-l", name], check=True)
+
+
+def _shared(backends: Backends, work: Callable[[Place], Row]) -> Row:
+    with backends.shared() as place:
+        return work(place)
+
+
+def _restarts(backends: Backends, times: int, seed: int) -> Row:
+    with backends.shared() as place:
+        return database_restarts(place, backends.postgres, times, seed)
+
+
+def _faults(backends: Backends, times: int, seed: int, name: str, rates: list[dict[str, float]]) -> Row:
+    with backends.shared(proxied=True) as place:
+        return bucket_faults(place, backends.behind[1], times, seed, name, rates)
+
+
+def storm(
+    times: int, seed: int = 1, *, only: str = "", skip: set[str] | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Scenario by scenario: its name and its row.
+
+    Args:
+        times: see `scenarios`.
+        seed: of everything random.
+        only: a part of the names to run; "" for all.
+        skip: names that are not run.
+    """
+    with contextlib.ExitStack() as stack:
+        for scenario in scenarios(times, seed, Backends(stack, seed)):
+            if only in scenario.name and scenario.name not in (skip or set()):
+                yield scenario.name, scenario.run()
