@@ -302,6 +302,7 @@ def limited_files(place: Place, times: int, seed: int) -> Row:
         worker = scene.start(file_limit=limit)
         time.sleep(scene.chance.uniform(1.0, 2.0))
         scene.kill(worker)
+        time.sleep(0.3)  # its notes pass through another process
         row.times += 1
         row.struck += 1
         scene.look()

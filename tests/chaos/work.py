@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +35,7 @@ from mooring_server.engine.requests import GenerationRequest, ImageReady
 from mooring_server.errors import MooringError
 from mooring_server.jobs import train_job
 from mooring_server.jobs.batch_job import queue_batch
-from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow, dump_manifest, filename_of, manifest_of
-from mooring_server.jobs.photos import encode_png
+from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow, filename_of, manifest_of
 from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.jobs.session import JobSession
 from mooring_server.jobs.subjects import PhotoUpload, load_photos
@@ -94,22 +94,25 @@ def run(place: Place, orders: Orders) -> None:
     log = os.open(place.folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 2)
     logging.basicConfig(level=logging.INFO, format=f"{os.getpid()} %(asctime)s %(message)s", force=True)
+    notes = os.open(place.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     if orders.file_limit:
+        # The notes are not part of what may not grow: a process without the limit writes them.
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=notes)
+        notes = writer.stdin.fileno()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (orders.file_limit, orders.file_limit))
     try:
-        _run(place, orders)
+        _run(place, orders, notes)
     except MooringError as error:  # it could not even start: a supervisor would start it again
         logging.getLogger(__name__).warning("no worker: %s", error)
     except Exception as error:
         logging.getLogger(__name__).exception("an untyped fault")
-        with place.notes.open("a") as notes:
-            notes.write(json.dumps({"fault": repr(error)[:300]}) + "\n")
+        os.write(notes, (json.dumps({"fault": repr(error)[:300]}) + "\n").encode())
     finally:
         os._exit(0)
 
 
-def _run(place: Place, orders: Orders) -> None:
+def _run(place: Place, orders: Orders, notes: int) -> None:
     train_job.train = training = FakeTraining()
     training.step_seconds = 0.004
     train_job.certificate.build = certificate
@@ -133,7 +136,7 @@ def _run(place: Place, orders: Orders) -> None:
     runner._works = {**runner._works, "evaluate": Evaluation()}
     runner.start()
     threading.Thread(target=_collect, args=[store, objects], daemon=True).start()
-    callers = Callers(place, store, objects, orders)
+    callers = Callers(place, store, objects, orders, notes)
     end, above = time.monotonic() + orders.seconds, os.getppid()
     while time.monotonic() < end and os.getppid() == above:
         with contextlib.suppress(MooringError):  # a typed refusal: nothing was acknowledged
@@ -243,11 +246,11 @@ class Handle:
 class Callers:
     """Ask for things, note that before and the answer after, and repeat what was never answered."""
 
-    def __init__(self, place: Place, store: Store, objects: ObjectStore, orders: Orders) -> None:
+    def __init__(self, place: Place, store: Store, objects: ObjectStore, orders: Orders, notes: int) -> None:
         self._place, self._store, self._objects, self._orders = place, store, objects, orders
         self._chance = random.Random(orders.seed)
         self._number = orders.seed * 1000
-        self._notes = os.open(place.notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._notes = notes
         self._unanswered = place.unanswered()
         self._uploads = 0
 
@@ -417,20 +420,15 @@ def rows_of(number: int, version: int, digest: str) -> list[PinnedRow]:
     ]
 
 
-def manifest_digest(job: Job) -> str:
-    """Of the manifest that this batch has to end with."""
+def records_of(job: Job) -> list[dict[str, Any]]:
+    """The manifest that this batch has to end with, but for the files' bytes: each signature differs."""
     records = []
     number = int(job.spec["filename"].partition(".")[0])
     for row in rows_of(number, job.spec["version"], job.spec["digest"]):
         image = pixels(row.prompt, row.seed, [use.digest for use in row.adapters])
-        data = encode_png(Image.fromarray(image))
-        drawn = {
-            "file": filename_of(row.row),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "size_bytes": len(data),
-        }
+        drawn = {"file": filename_of(row.row), "pixels_sha256": hashlib.sha256(image.tobytes()).hexdigest()}
         records.append(manifest_of(row, BASE_DIGEST) | drawn)
-    return f"sha256:{hashlib.sha256(dump_manifest(records)).hexdigest()}"
+    return records
 
 
 def trained_digest(photos: list[bytes], job: Job) -> str:
