@@ -139,7 +139,11 @@ class Client(threading.Thread):
         try:
             photos = [("photo.png", _photo())]
             self._call(
-                lambda _: self._client.create_subject("duck", class_noun="duck", rights="owned"), "subject", 0
+                lambda request_id: self._client.create_subject(
+                    "duck", class_noun="duck", rights="owned", request_id=request_id
+                ),
+                "subject",
+                0,
             )
             self._call(lambda _: self._client.upload_photos("duck", photos).subject, "upload", 0)
             self._call(lambda _: self._client.update_gate_policy(mode="warn"), "policy", 0)
