@@ -26,7 +26,7 @@ from mooring_server.cli_server import (
     resolve_state_dir,
     stop_when_abandoned,
 )
-from mooring_server.cli_storage import backup, db, gc, restore, verify
+from mooring_server.cli_storage import backup, db, gc, restore
 
 app = typer.Typer(
     name="mooring",
@@ -44,7 +44,6 @@ app.add_typer(audit, name="audit")
 app.add_typer(db, name="db")
 app.add_typer(keys, name="keys")
 app.command("gc", epilog=EXIT_CODE_HELP)(gc)
-app.command("verify", epilog=EXIT_CODE_HELP)(verify)
 app.command("backup", epilog=EXIT_CODE_HELP)(backup)
 app.command("restore", epilog=EXIT_CODE_HELP)(restore)
 app.command("train", epilog=EXIT_CODE_HELP)(cli_work.train)

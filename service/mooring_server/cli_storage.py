@@ -1,4 +1,4 @@
-"""`mooring db`, `gc`, `verify`, `backup`, `restore`: what is kept, without a server."""
+"""`mooring db`, `gc`, `backup`, `restore`: what is kept, without a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 db = typer.Typer(
     no_args_is_help=True,
-    help="Look at the database's schema and upgrade it, without a server.",
+    help="Look at the database and what it names, upgrade its schema, without a server.",
     epilog=EXIT_CODE_HELP,
 )
 
@@ -140,6 +140,7 @@ def restore(
     out.print(f"{made.objects} objects and the database, {made.size:,} bytes, restored")
 
 
+@db.command()
 def verify(
     *,
     database_url: DatabaseOption = "",
@@ -153,8 +154,8 @@ def verify(
     servers may run. Ends with 1 where something is missing or damaged.
 
     \b
-    mooring verify
-    mooring verify --database-url postgresql://mooring@db/mooring --objects-url s3://bucket/mooring
+    mooring db verify
+    mooring db verify --database-url postgresql://mooring@db/mooring --objects-url s3://bucket/mooring
     """
     from mooring_server.storage import verify as verifying
     from mooring_server.storage.store import Store

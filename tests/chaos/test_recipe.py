@@ -25,7 +25,7 @@ def steps() -> list[str]:
     section = DOCUMENT.read_text(encoding="utf-8").partition("## Backup and restore")[2].partition("\n## ")[0]
     found = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     assert [
-        len(re.findall(word, "".join(found))) for word in ("pg_dump", "pg_restore", "mooring verify")
+        len(re.findall(word, "".join(found))) for word in ("pg_dump", "pg_restore", "mooring db verify")
     ] == [1] * 3
     return found
 

@@ -52,6 +52,7 @@ COMMANDS = [
     "audit verify",
     "db",
     "db upgrade",
+    "db verify",
     "gc",
     "verify",
     "backup",

@@ -1,4 +1,4 @@
-"""`mooring verify` names what rows need and is not there, and what is there and was not written so."""
+"""`mooring db verify` names what rows need and is not there, and what is there and was not written so."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def state(tmp_path: Path) -> tuple[Path, list[str]]:
 
 
 def verify(state: Path, *options: str) -> Result:
-    return CliRunner().invoke(app, ["verify", "--state-dir", str(state), *options])
+    return CliRunner().invoke(app, ["db", "verify", "--state-dir", str(state), *options])
 
 
 def test_what_is_whole(state: tuple[Path, list[str]]) -> None:
