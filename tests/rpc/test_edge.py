@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -256,3 +257,36 @@ async def test_details_fit_into_a_header_however_much_is_wrong(edge, monkeypatch
     assert "files[0]" in failure.fields
     assert "more" in failure.fields["…"]
     assert len(failure.trailers["grpc-status-details-bin"]) < 5000
+
+
+async def test_details_fit_into_a_header_in_any_script(edge, monkeypatch):
+    """A character has up to four bytes, and twelve where a status message is percent-encoded."""
+
+    async def much(how, context):
+        fields = [FieldViolation("\U0001f600" * 400, "\U0001f600" * 400)]
+        metadata = {"cut": "\U0001f600" * 3000}
+        raise MooringError(
+            Reason.BAD_IMAGE, "\U0001f600" * 5000, remedy="漢" * 900, metadata=metadata, fields=fields
+        )
+
+    monkeypatch.setattr(edge.endings, "end", much)
+    for _ in range(20):  # beyond 8 KiB gRPC refuses some headers and lets others pass
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await start(edge, "unary", "ok")
+        error = caught.value
+        failure = read_failure(error.code(), error.details(), error.trailing_metadata())
+        assert failure.reason == "BAD_IMAGE"
+        on_the_wire = len(quote(failure.message)) + len(failure.trailers["grpc-status-details-bin"]) * 4 / 3
+        assert on_the_wire < 7000
+
+
+async def test_what_is_no_text_is_told_all_the_same(edge, monkeypatch):
+    async def lone_surrogate(how, context):
+        raise MooringError(Reason.BATCH_NOT_VALID, "a\ud800", fields=[FieldViolation("\ud800", "\udfff")])
+
+    monkeypatch.setattr(edge.endings, "end", lone_surrogate)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await start(edge, "unary", "ok")
+    error = caught.value
+    failure = read_failure(error.code(), error.details(), error.trailing_metadata())
+    assert (failure.reason, failure.message, failure.fields) == ("BATCH_NOT_VALID", "a?", {"?": "?"})

@@ -1,7 +1,8 @@
 """Typed errors as gRPC statuses with details, and as `google.rpc.Status` messages inside jobs and batches.
 
 Details travel in a trailing header, and peers drop calls whose headers exceed 8 KiB, so what a caller or an
-input can make long is cut here.
+input can make long is cut here: by its bytes, which are up to four a character in the details and, percent-
+encoded, up to twelve in the status message. What is no text (a lone surrogate from a JSON file) is replaced.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def to_status(error: MooringError, request_id: str = "") -> status_pb2.Status:
         error: what went wrong.
         request_id: of the failing call, repeated in ErrorInfo so that it can be found in the log.
     """
-    metadata = {key: _clip(value, _MAX_TEXT) for key, value in error.metadata.items()}
+    metadata = {_clip(key, _MAX_TEXT): _clip(value, _MAX_TEXT) for key, value in error.metadata.items()}
     if error.code is Code.RESOURCE_EXHAUSTED:
         metadata.setdefault("scope", "server")
     if error.remedy:
@@ -111,4 +112,5 @@ def _pack(message: error_details_pb2.ErrorInfo) -> any_pb2.Any:
 
 
 def _clip(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    data = text.encode("utf-8", "replace")
+    return data.decode() if len(data) <= limit else data[: limit - 3].decode("utf-8", "ignore") + "…"
