@@ -148,6 +148,9 @@ def test_a_repeated_call_gives_the_first_job(client):
         ({"prompt": "a photo of a <max> dog"}, "lines[2].prompt"),
         ({"prompt": TEXT, "id": "one"}, "lines[2].id"),
         (b'{"prompt": "a dog", "guidance_scale": NaN}', "lines[2]"),
+        (b'{"prompt": "a dog", "guidance_scale": 1' + b"0" * 400 + b"}", "lines[2].guidance_scale"),
+        (b'{"prompt": "a dog", "steps": 1' + b"0" * 400 + b"}", "lines[2]"),
+        (b'{"prompt": "a dog", "\\ud800": 1}', "lines[2].?"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_and_nothing_is_queued(client, line, field):

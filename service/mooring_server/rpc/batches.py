@@ -266,9 +266,13 @@ def _natural(field: str, value: Any) -> int:
 
 
 def _number(field: str, value: Any) -> float:
-    if type(value) not in {int, float} or not math.isfinite(float(value)):
+    try:
+        number = float(value) if type(value) in {int, float} else math.nan
+    except OverflowError:  # a whole number beyond every float
+        number = math.inf
+    if not math.isfinite(number):
         _wrong(field, "must be a number")
-    return float(value)
+    return number
 
 
 def _sampler(field: str, value: Any) -> int:
