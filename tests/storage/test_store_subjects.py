@@ -65,6 +65,12 @@ def test_the_same_request_gives_the_same_subject(store: Store) -> None:
     assert new_subject(store, tenant="other", request_id="r1", class_noun="fish").class_noun == "fish"
 
 
+@pytest.mark.parametrize("request_id", ["a\0b", "x" * 70_000, "\n"])
+def test_a_request_id_that_no_database_could_keep_is_refused_by_all(store: Store, request_id: str) -> None:
+    assert reason_of(new_subject, store, request_id=request_id) is Reason.INVALID_FIELD
+    assert store.list_subjects("acme")[0] == []
+
+
 def test_a_request_that_failed_may_be_repeated_with_its_id(store: Store) -> None:
     new_subject(store)
     assert reason_of(new_subject, store, request_id="r1") is Reason.ALREADY_EXISTS

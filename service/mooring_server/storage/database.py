@@ -59,6 +59,8 @@ _SQLITE_AWAY = {
 }
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
+MAX_REQUEST_ID = 128
+"""Characters. A UUID has 36; PostgreSQL indexes no key of more than 2,704 bytes."""
 
 
 class Database:
@@ -152,10 +154,12 @@ class Database:
             resource: the id that the call is about to create.
 
         Raises:
-            MooringError: REQUEST_ID_REUSED when the id came with another payload.
+            MooringError: REQUEST_ID_REUSED when the id came with another payload; INVALID_FIELD for one that
+                not every database can keep.
         """
         if not request_id:
             return None
+        check_text("request_id", request_id, limit=MAX_REQUEST_ID)
         payload_hash = hashlib.sha256(_canonical(payload)).hexdigest()
         key = {"tenant": tenant, "rpc": rpc, "request_id": request_id}
         recorded = connection.execute(
