@@ -47,7 +47,7 @@ FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 """What factors and embeddings may be stored as; they are read as float32."""
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "I32": 4}
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
-_EMBEDDING = re.compile(r"embeddings\.(?P<index>\d+)\.(?P<encoder>\d+)")
+_EMBEDDING = re.compile(r"embeddings\.(?P<index>[0-9]{1,9})\.(?P<encoder>[0-9])")
 _SHOWN = 5
 """Offending keys named in a message; the rest is counted."""
 _CLIP = 240
@@ -369,10 +369,11 @@ def read_header(data: bytes) -> tuple[dict[str, tuple[str, list[int]]], dict[str
             str(key): (clipped(str(entry["dtype"])), [int(size) for size in entry["shape"]])
             for key, entry in document.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise unmatched(f"The file is no safetensors file: {clipped(str(error))}.") from error
-    if any(size < 0 for _, shape in entries.values() for size in shape):
-        raise unmatched("The file declares negative sizes.")
+    # none beyond the file: products of larger ones have more digits than Python prints
+    if any(not 0 <= size <= len(data) for _, shape in entries.values() for size in shape):
+        raise unmatched("The file declares sizes that no tensor of it can have.")
     declared = sum(_BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in entries.values())
     if declared > len(data) - 8 - length:
         raise unmatched(f"The file declares {declared} bytes of tensors and has {len(data) - 8 - length}.")
@@ -441,7 +442,7 @@ def _header(text: str | None) -> _Header:
             [str(name) for name in document["placeholders"]],
             {str(key): str(value) for key, value in document["metadata"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise unmatched(f"The file's metadata is damaged: {clipped(repr(error))}.") from error
     if found.format != FORMAT:
         raise unmatched(f"The file's format is {clipped(found.format)}, not {FORMAT}.")

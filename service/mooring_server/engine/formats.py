@@ -439,7 +439,7 @@ def _check(
 def _made_for(entries: Entries, layers: Mapping[str, _Layer], names: LayerNames) -> str:
     """A sentence on the base that a file was made for, when its cross-attention tells."""
     for path, layer in layers.items():
-        if path.endswith("attn2.to_k") and "A" in layer.keys:
+        if path.endswith("attn2.to_k") and "A" in layer.keys and entries[layer.keys["A"]][1]:
             width, expected = entries[layer.keys["A"]][1][-1], names.shapes[path][1]
             if width != expected:
                 kind = {768: "SD1.x", 1024: "SD2.x", 2048: "SDXL"}.get(width, "another base")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,7 +164,11 @@ def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _number(config: Mapping[str, Any], name: str) -> float:
     found = config.get(name)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < math.inf:
+    if (
+        isinstance(found, bool)
+        or not isinstance(found, int | float)
+        or not 0 < found <= sys.float_info.max  # JSON knows whole numbers beyond every float
+    ):
         raise unmatched(
             f"The setting {clipped(name)} is {clipped(repr(found))}, not a positive number.", remedy=_REMEDY
         )
