@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ def test_any_schedule_gives_every_request_the_bits_it_has_alone(served, specs, d
         expected = alone(served, spec)
         assert all(torch.equal(a, b) for a, b in zip(task.given, expected.given, strict=True))
         assert torch.equal(task.images, expected.images)
+        if spec.adapters:  # and it is its own adapters' image: nobody else's, and not the base's
+            unadapted = alone(served, replace(spec, adapters=()))
+            assert not torch.equal(task.images, unadapted.images)
+    for one, other in itertools.combinations(range(len(specs)), 2):
+        if specs[one].adapters != specs[other].adapters and specs[other] == replace(
+            specs[one], adapters=specs[other].adapters
+        ):
+            assert not torch.equal(tasks[one].images, tasks[other].images)
 
 
 def test_every_adapter_changes_its_own_image_and_no_other(served):
