@@ -13,8 +13,6 @@ from engine_helpers import drain, random_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mooring_server.engine.adapters import (
-    FORMAT,
-    HEADER_KEY,
     LORA_FILE,
     AdapterWeights,
     LayerFactors,
@@ -639,41 +637,6 @@ def test_peft_settings_that_change_the_update_are_refused(base, config, reason, 
     error = refused(files, base)
     assert error.reason is reason
     assert says in error.message
-
-
-def with_header(document: str | dict, tail: bytes = b"") -> bytes:
-    """A safetensors file of any header."""
-    header = (document if isinstance(document, str) else json.dumps(document)).encode()
-    return len(header).to_bytes(8, "little") + header + tail
-
-
-CROSS = KEY.replace("attn1.to_q", "attn2.to_k")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        with_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}', b"0" * 4),
-        with_header({"a": {"dtype": "F32", "shape": [10**4000, 10**4000], "data_offsets": [0, 4]}}, b"0" * 4),
-        with_header(
-            {f"{CROSS}.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}, b"0" * 4
-        ),
-        with_header({"__metadata__": {HEADER_KEY: "[" * 100_000}, "a": {"dtype": "F32", "shape": [0]}}),
-        with_header("[" * 100_000),
-    ],
-    ids=["infinite", "endless", "no shape", "nested metadata", "nested"],
-)
-def test_headers_that_no_tool_writes_are_refused(base, data):
-    assert refused({"a.safetensors": data}, base).reason is UNMATCHED
-
-
-def test_an_embedding_of_an_endless_number_is_refused(base):
-    ours = {"format": FORMAT, "base_digest": base.digest, "placeholders": ["<a>"], "metadata": {}}
-    document = {
-        "__metadata__": {HEADER_KEY: json.dumps(ours)},
-        f"embeddings.{'9' * 5000}.0": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]},
-    }
-    assert refused({"a.safetensors": with_header(document, b"0" * 4)}, base).reason is UNMATCHED
 
 
 def test_alpha_is_given_once(base):
