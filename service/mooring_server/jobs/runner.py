@@ -200,20 +200,23 @@ class JobRunner:
             observer.job_claimed(job.kind, resumed=job.attempts > 1)
         log.info("job %s (%s) claimed, attempt %d", job.job_id, job.kind, job.attempts)
         span = self._tracing.job(job.kind, job.job_id, job.attempts, job.traceparent)
-        with JobSession(
-            self._store, self._objects, self._engine, job, self._timing, observer=observer, span=span
-        ) as session:
-            with self._lock:
-                self._sessions.add(session)
-                draining = self._stopping.is_set()
-            if draining:
-                session.drain(0.0)
-            try:
-                outcome = self._outcome(session)
-            finally:
+        outcome = "LEASE_LOST"  # of a fault that `_outcome` does not know
+        try:
+            with JobSession(
+                self._store, self._objects, self._engine, job, self._timing, observer=observer, span=span
+            ) as session:
                 with self._lock:
-                    self._sessions.discard(session)
-        span.end(outcome)
+                    self._sessions.add(session)
+                    draining = self._stopping.is_set()
+                if draining:
+                    session.drain(0.0)
+                try:
+                    outcome = self._outcome(session)
+                finally:
+                    with self._lock:
+                        self._sessions.discard(session)
+        finally:
+            span.end(outcome)
         log.info("job %s: %s after %.1f s", job.job_id, outcome, time.monotonic() - started)
         if observer is not None:
             observer.job_ended(job.kind, outcome, time.monotonic() - started)
