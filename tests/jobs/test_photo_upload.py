@@ -115,3 +115,30 @@ def test_deleting_removes_row_and_bytes_of_this_subject_only(store, objects, sub
     delete_subject(store, objects, "acme", "duck")
     assert len(list(objects.list("photos/"))) == 1
     assert len(load_photos(store, objects, "other", "duck")) == 1
+
+
+def test_a_subject_that_is_made_anew_meanwhile_gets_no_photo_without_its_bytes(
+    store, objects, subject, monkeypatch
+) -> None:
+    """The bytes of known photos are not written again: they must still be known when the rows are."""
+    upload(store, objects, png())
+    ask = store.photos
+
+    def asked_then_recreated(tenant, subject_id):
+        known = ask(tenant, subject_id)
+        delete_subject(store, objects, tenant, subject_id)
+        store.create_subject(
+            tenant, subject_id, class_noun="bird", placeholder="<duck>", rights={"basis": "OWNED"}
+        )
+        return known
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "photos", asked_then_recreated)
+        with pytest.raises(MooringError) as caught:
+            upload(store, objects, png(), jpeg())
+    assert caught.value.reason is Reason.STORAGE_UNAVAILABLE
+    assert store.photos("acme", "duck") == []
+    rows, added = upload(store, objects, png(), jpeg())  # the repeat that the reason asks for
+    assert added == 2
+    assert all(objects.get(row.object_key) for row in rows)
+    assert len(load_photos(store, objects, "acme", "duck")) == 2

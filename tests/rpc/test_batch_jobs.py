@@ -14,6 +14,7 @@ import pytest
 from mooring.v1 import job_pb2
 from mooring_server.provenance import identity
 from mooring_server.provenance.verify import MarkState, examine
+from mooring_server.storage.garbage import Retention
 from PIL import Image
 from rpc_calls import publish
 
@@ -196,3 +197,21 @@ def test_the_asyncio_client_does_the_same(server, rows, ended):
     found, job = asyncio.run(run())
     assert sorted(row.row for row in found) == [1, 2, 3]
     assert job.batch_result.image_count == ended.batch_result.image_count == 3
+
+
+def test_rows_that_are_taken_for_garbage_before_the_job_exists_make_no_job(client, runtime, monkeypatch):
+    put = runtime.objects.put
+
+    def put_then_condemned(key, data):
+        put(key, data)
+        if key.endswith("rows.jsonl"):
+            assert runtime.store.condemn([key], Retention()) == [key]
+
+    before = [job.name for job in client.list_jobs(kind="batch")]
+    with monkeypatch.context() as patched:
+        patched.setattr(runtime.objects, "put", put_then_condemned)
+        with pytest.raises(mooring.errors.UnavailableError) as refused:
+            client.run_batch(jsonl({"prompt": TEXT, "steps": 1}))
+    assert refused.value.reason == "STORAGE_UNAVAILABLE"
+    assert [job.name for job in client.list_jobs(kind="batch")] == before
+    client.wait(client.run_batch(jsonl({"prompt": TEXT, "steps": 1})))

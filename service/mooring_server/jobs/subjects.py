@@ -91,7 +91,8 @@ class PhotoUpload:
         Raises:
             MooringError: the files' common reason (BAD_IMAGE when they differ), with a violation
                 ``files[i]`` per bad file; INVALID_FIELD without any file; SUBJECT_NOT_FOUND;
-                TOO_MANY_PHOTOS; QUOTA_EXCEEDED. Nothing was stored.
+                TOO_MANY_PHOTOS; QUOTA_EXCEEDED; STORAGE_UNAVAILABLE when known photos vanish meanwhile: a
+                repeat stores them. The subject has nothing of the upload.
         """
         if self._errors:
             raise self._combined()
@@ -107,12 +108,14 @@ class PhotoUpload:
         added_bytes = sum(row.size_bytes for row, _ in self._checked.values() if row.sha256 not in known)
         # what add_photos will refuse must not fill the store before it does
         self._store.check_room(tenant, size_bytes=added_bytes)
+        stored = set()
         if len(known | self._checked.keys()) <= MAX_PHOTOS:
             for row, png in self._checked.values():
                 if row.sha256 not in known:
                     self._objects.put(row.object_key, png)
+                    stored.add(row.object_key)
         rows = [row for row, _ in self._checked.values()]
-        photos, added = self._store.add_photos(tenant, subject_id, rows)
+        photos, added = self._store.add_photos(tenant, subject_id, rows, stored=stored)
         by_digest = {photo.sha256: photo for photo in photos}
         return [by_digest[digest] for digest in self._order], added
 

@@ -186,7 +186,7 @@ def _wanted(declared: pb.AdapterImport) -> ImportRequest:
         rights=rights,
         class_noun=declared.class_noun.strip(),
         placeholder=declared.placeholder,
-        request_id=declared.request_id,
+        request_id=names.check_request_id(declared.request_id, "adapter.request_id"),
     )
 
 

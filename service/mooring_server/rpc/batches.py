@@ -48,6 +48,7 @@ async def receive(runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunB
                 raise _protocol("settings", "comes once, in the first message")
             settings = message.settings
             names.check_parent(tenant, settings.parent, "settings.parent")
+            names.check_request_id(settings.request_id, "settings.request_id")
         elif settings is None:
             raise _protocol("settings", "must be in the first message")
         elif kind == "file":

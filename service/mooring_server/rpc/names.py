@@ -27,6 +27,7 @@ _JOB_RE = re.compile(rf"tenants/{_TENANT}/jobs/(?P<id>[a-z0-9][a-z0-9-]{{0,62}})
 _ADAPTER_RE = re.compile(
     rf"tenants/{_TENANT}/adapters/(?P<id>{_ID})(?:@(?:(?P<version>[1-9][0-9]{{0,8}})|(?P<alias>{_ID})))?"
 )
+_REQUEST_ID_RE = re.compile(r"[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}")
 _GATE_POLICY_RE = re.compile(rf"tenants/{_TENANT}/gatePolicy")
 
 
@@ -75,6 +76,22 @@ def gate_policy(tenant: str) -> str:
 def gate_decision(tenant: str, decision_id: str) -> str:
     """`tenants/{tenant}/gateDecisions/{gate_decision}`."""
     return f"tenants/{tenant}/gateDecisions/{decision_id}"
+
+
+def check_request_id(value: str, field: str = "request_id") -> str:
+    """A request id of the caller: "" or a UUID (AIP-155), so that two callers never meet on one.
+
+    Raises:
+        MooringError: INVALID_FIELD.
+    """
+    if value and not _REQUEST_ID_RE.fullmatch(value):
+        raise MooringError(
+            Reason.INVALID_FIELD,
+            f"{field} {value[:64]!r} is not a UUID.",
+            remedy="Send a new UUID such as 2f1c0a9e-7b1d-4c6e-9a44-0d5a8f3b6c21, or leave it empty.",
+            fields=[FieldViolation(field, "must be a UUID, or empty")],
+        )
+    return value
 
 
 def check_parent(caller: str, value: str, field: str = "parent", *, anywhere: bool = False) -> str:

@@ -224,6 +224,7 @@ def _check_batch_id(value: str, unfinished: set[str]) -> None:
 def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
     """Check everything that can be known before a job starts, then queue it. Blocking."""
     names.check_parent(tenant, request.parent)
+    names.check_request_id(request.request_id)
     generation.require_device_time(runtime, tenant)
     where = names.resolve_subject(tenant, request.subject, "subject")
     subject = runtime.store.get_subject(where.tenant, where.id)
@@ -258,6 +259,7 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
 def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job:
     """As `_train`. Blocking."""
     names.check_parent(tenant, request.parent)
+    names.check_request_id(request.request_id)
     generation.require_device_time(runtime, tenant)
     if not runtime.judges_available:
         raise MooringError(

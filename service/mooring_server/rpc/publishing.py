@@ -53,7 +53,7 @@ class Publishing:
             where.id,
             _alias_id(request.alias),
             actor=caller.actor(),
-            request_id=request.request_id,
+            request_id=names.check_request_id(request.request_id),
         )
         return pb.RollBackAdapterResponse(alias=convert_gate.alias(moved))
 
@@ -173,7 +173,7 @@ def _publish(
         judge=judge,
         actor=actor,
         via_alias=where.alias,
-        request_id=request.request_id,
+        request_id=names.check_request_id(request.request_id),
         validate_only=request.validate_only,
     )
     kept = not request.validate_only

@@ -46,7 +46,7 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
             class_noun=wanted.class_noun,
             placeholder=placeholder,
             rights=convert.rights_document(wanted.rights, "subject.rights"),
-            request_id=request.request_id,
+            request_id=names.check_request_id(request.request_id),
         )
         return pb.CreateSubjectResponse(subject=convert.subject(record))
 

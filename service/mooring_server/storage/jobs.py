@@ -418,7 +418,10 @@ class Jobs(Usage):
         payload: Document = {"state": state}
         payload |= {"result": result} if result is not None else {}
         payload |= {"error": error} if error is not None else {}
-        return self._append(connection, row.tenant, row.job_id, "state", payload)
+        job = self._append(connection, row.tenant, row.job_id, "state", payload)
+        name = f"jobs/{row.job_id}"
+        self.audit(connection, row.tenant, f"EndJob/{row.kind}", name, decision=state.value.lower())
+        return job
 
     def _set(self, connection: Connection, row: Row[Any], **values: Any) -> Job:
         key = {"tenant": row.tenant, "job_id": row.job_id}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, select, update
 from sqlalchemy.exc import IntegrityError
 
-from mooring_server.errors import FieldViolation, MooringError, Reason
+from mooring_server.errors import FieldViolation, MooringError, Reason, StorageUnavailableError
 from mooring_server.storage import schema
 from mooring_server.storage.database import check_text, insert_row, new_id
 from mooring_server.storage.models import Document, NewPhoto, Photo, Subject
@@ -123,21 +124,30 @@ class Subjects(Usage):
         return list(keys)
 
     def add_photos(
-        self, tenant: str, subject_id: str, photos: Sequence[NewPhoto], *, request_id: str = ""
+        self,
+        tenant: str,
+        subject_id: str,
+        photos: Sequence[NewPhoto],
+        *,
+        request_id: str = "",
+        stored: AbstractSet[str] | None = None,
     ) -> tuple[list[Photo], int]:
         """Add photos, all or none; one that the subject already has (same SHA-256) is not added twice.
 
         Args:
             tenant: whose subject it is.
             subject_id: which subject.
-            photos: checked photos whose bytes are already stored.
+            photos: checked photos.
             request_id: makes the call idempotent beyond the content addressing.
+            stored: object keys whose bytes are there; None says that all are. Bytes of a photo that the
+                subject had may be left out, but the subject can be deleted and made anew meanwhile.
 
         Returns:
             One row per given photo, in the given order, and how many of them are new.
 
         Raises:
-            MooringError: SUBJECT_NOT_FOUND, TOO_MANY_PHOTOS, QUOTA_EXCEEDED or REQUEST_ID_REUSED.
+            MooringError: SUBJECT_NOT_FOUND, TOO_MANY_PHOTOS, QUOTA_EXCEEDED or REQUEST_ID_REUSED;
+                STORAGE_UNAVAILABLE when a photo turns out to be new whose bytes are not stored.
         """
         payload = [subject_id, [photo.sha256 for photo in photos]]
         with self.writing() as connection:
@@ -167,6 +177,8 @@ class Subjects(Usage):
                     remedy="Keep the sharpest and most varied ones.",
                     metadata={"limit": str(MAX_PHOTOS)},
                 )
+            if stored is not None and not stored >= set(fresh):
+                raise StorageUnavailableError("The subject lost photos while they were uploaded again.")
             connection.execute(
                 update(schema.subjects)
                 .filter_by(tenant=tenant, subject_id=subject_id)
