@@ -68,12 +68,14 @@ def test_every_change_of_the_store_has_an_entry(store):
     assert [(entry.method, entry.resource) for entry in entries] == [
         ("CreateSubject", "subjects/rex"),
         ("CreateJob/train", f"jobs/{job.job_id}"),
+        ("EndJob/train", f"jobs/{job.job_id}"),
         ("CancelJob", f"jobs/{job.job_id}"),
         ("AddAdapter", "adapters/rex@1"),
         ("DeleteAdapter", "adapters/rex@1"),
         ("DeleteSubject", "subjects/rex"),
     ]
-    assert entries[3].digests == adapter.digest
+    assert entries[2].decision == "cancelled"
+    assert entries[4].digests == adapter.digest
     assert store.verify_audit().intact
 
 

@@ -101,6 +101,7 @@ def queue_batch(
     *,
     request_id: str = "",
     traceparent: str | None = None,
+    audited: Sequence[Document] = (),
 ) -> Job:
     """Store the rows, then queue the job that draws them.
 
@@ -112,6 +113,7 @@ def queue_batch(
         spec: as `BatchJob` says.
         request_id: makes the call idempotent.
         traceparent: the calling span, in W3C form.
+        audited: what the audit log says of the rows once their job exists; see `Audit.record_all`.
 
     Raises:
         MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED: nothing was stored. STORAGE_UNAVAILABLE.
@@ -137,6 +139,8 @@ def queue_batch(
         raise
     if job.job_id != job_id:  # the same request was answered before
         objects.delete(key)
+    else:
+        store.record_all(tenant, "Generate", audited)
     return job
 
 

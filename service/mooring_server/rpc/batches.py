@@ -69,7 +69,8 @@ async def receive(runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunB
 
 def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: bytes) -> Job:
     generation.require_device_time(runtime, tenant)
-    rows = _Checker(runtime, tenant).check(data)
+    checker = _Checker(runtime, tenant)
+    rows = checker.check(data)
     spec = {
         "filename": filename,
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -86,14 +87,20 @@ def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: 
         spec,
         request_id=request_id,
         traceparent=runtime.tracing.traceparent(),
+        audited=checker.audited,
     )
 
 
 class _Checker:
-    """Turns the lines of one file into pinned rows; collects what is wrong with them."""
+    """Turns the lines of one file into pinned rows; collects what is wrong with them.
+
+    Attributes:
+        audited: entries of the audit log, one a row that can be drawn.
+    """
 
     def __init__(self, runtime: Runtime, tenant: str) -> None:
         self._runtime, self._tenant = runtime, tenant
+        self.audited: list[dict[str, Any]] = []
         self._found: dict[str, tuple[str, str, int] | MooringError] = {}
         self._violations: dict[int, list[FieldViolation]] = {}
 
@@ -180,6 +187,7 @@ class _Checker:
             except MooringError as error:
                 self._note(number, error)
                 continue
+            self.audited.append(prepared.audited("allowed"))
             wanted, native = prepared.request, self._runtime.base.native_size
             uses = []
             for name, use in zip(prepared.adapters, wanted.adapters, strict=True):

@@ -7,7 +7,8 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from mooring.v1 import personalization_pb2 as pb
 
@@ -60,6 +61,15 @@ class Prepared:
             for name, use in zip(self.adapters, self.request.adapters, strict=True)
         ]
 
+    def audited(self, decision: str) -> dict[str, Any]:
+        """Its entry of the audit log."""
+        return {
+            "resource": ",".join(self.adapters),
+            "decision": decision,
+            "prompt_hash": facts.prompt_hash(self.request.prompt),
+            "digests": [use.weights.digest for use in self.request.adapters],
+        }
+
     def origin(self, base_digest: str) -> Origin:
         """What the mark of its images says."""
         return Origin(base_digest, tuple(use.weights.digest for use in self.request.adapters))
@@ -110,17 +120,14 @@ def prepare(runtime: Runtime, tenant: str, message: pb.GenerateRequest) -> Prepa
     texts = (request.prompt, request.negative_prompt)
     checks = [runtime.base.check_prompt(text, request.embeddings) for text in texts]
     facts.note_request(request.prompt, (use.weights.digest for use in request.adapters))
-    runtime.store.record(
-        tenant,
-        "Generate",
-        ",".join(name for name, _ in found),
-        decision="allowed",
-        prompt_hash=facts.prompt_hash(request.prompt),
-        digests=[use.weights.digest for use in request.adapters],
-    )
     unknown = dict.fromkeys(word for check in checks for word in check.unknown_words)
-    verdicts = runtime.safety.require_prompts(tenant, [("prompt", request.prompt)])
-    return Prepared(request, tuple(name for name, _ in found), tuple(unknown), verdicts)
+    prepared = Prepared(request, tuple(name for name, _ in found), tuple(unknown))
+    try:
+        verdicts = runtime.safety.require_prompts(tenant, [("prompt", request.prompt)])
+    except MooringError:
+        runtime.store.record_all(tenant, "Generate", [prepared.audited("refused")])
+        raise
+    return replace(prepared, verdicts=verdicts)
 
 
 def _wanted(message: pb.GenerateRequest) -> list[tuple[str, pb.AdapterUse]]:
@@ -195,7 +202,7 @@ async def draw(
     tenant: str = "",
     deadline: float | None = None,
 ) -> AsyncIterator[GenerationEvent]:
-    """Run a prepared request; its events as they come.
+    """Run a prepared request, and audit it; its events as they come.
 
     Closing the iterator, or cancelling the task that reads it, cancels the engine's task at its next tick.
 
@@ -224,6 +231,9 @@ async def draw(
         )
         handle.add_done_callback(inbox.end_from_thread)
         try:
+            # once the engine has taken it, so that what is refused for want of room is not told as allowed
+            entries = [prepared.audited("allowed")]
+            await asyncio.to_thread(runtime.store.record_all, tenant, "Generate", entries)
             async for event in inbox.events():
                 yield event
             handle.result(0)

@@ -135,6 +135,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 remedy=f"It made {len(artifacts)} files: {some}{', …' if len(artifacts) > 5 else ''}.",
             )
         data = await asyncio.to_thread(_stored, self._runtime(), found["object_key"])
+        await self._audited(job, "DownloadArtifact", f"jobs/{job.job_id}/{found['filename']}")
         yield pb.DownloadArtifactResponse(
             file=transfer.header_of(found["filename"], data, found["media_type"])
         )
@@ -156,6 +157,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 f"Job {job.job_id!r} is a {job.kind} job: it has no rows.",
                 remedy="Name a job that RunBatch made.",
             )
+        await self._audited(job, "DownloadBatch", f"jobs/{job.job_id}")
         where = names.Resolved(job.tenant, job.job_id)
         with _news_of(runtime, where) as news:
             while True:
@@ -179,6 +181,10 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 require_no_drain(runtime.gate)
                 await _either(news, runtime.gate.draining, WATCH_POLL_SECONDS)
                 news.clear()
+
+    async def _audited(self, job: Job, what: str, resource: str) -> None:
+        record = partial(self._runtime().store.record, job.tenant, what, resource, decision="allowed")
+        await asyncio.to_thread(record)
 
     async def _job(self, name: str) -> Job:
         where = names.resolve_job(caller.tenant(), name, anywhere=caller.anywhere())

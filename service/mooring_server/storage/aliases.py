@@ -123,6 +123,15 @@ class Aliases(Adapters):
             published = None
             if found.verdict is Verdict.REFUSED:
                 self._forget_request(connection, tenant, "PublishAdapter", request_id)
+                name = f"adapters/{adapter_id}@{target.version}"
+                self.audit(
+                    connection,
+                    tenant,
+                    f"{MoveKind.PUBLISH}/{alias}",
+                    name,
+                    decision="refused",
+                    digests=[target.digest],
+                )
             else:
                 now = self._pointer(connection, tenant, adapter_id, alias)
                 again = now is not None and now.version == target.version
@@ -277,7 +286,11 @@ class Aliases(Adapters):
                         update_time=self.now(connection),
                     )
                 )
-            return self._policy(connection, tenant)
+            changed = self._policy(connection, tenant)
+            if changed.revision != row.revision:
+                name = f"gatePolicy@{changed.revision}"
+                self.audit(connection, tenant, "UpdateGatePolicy", name)
+            return changed
 
     def list_gate_decisions(
         self,

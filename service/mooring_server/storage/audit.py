@@ -9,8 +9,10 @@ What the chain cannot see by itself: somebody who may write to the database coul
 the head back, or compute the whole chain anew. Against that a head that was recorded elsewhere helps: servers
 write theirs to their log (`event: audit_head`), and `verify` takes one to hold the chain against.
 
-Audited: changes, generations (prompts as hashes), exports, and calls that a role was denied. Not audited:
-other reads, and callers without a valid credential, who could fill the log at will; those are log lines.
+Audited: changes, ends of jobs, generations (prompts as hashes) that the engine took or a content check
+refused, refusals of the gate, exports, downloads of files that a job made, and calls that a role was denied.
+Not audited: other reads, and callers without a valid credential, who could fill the log at will; those are
+log lines.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from mooring_server.storage.database import Database, insert_row
 
 GENESIS = "sha256:" + "0" * 64
 _PAGE = 1000
+_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ class Audit(Database):
             tenant: whose thing it is.
             what: the act, where no call stands behind it; a call's own name counts otherwise.
             resource: its name.
-            decision: "done", "allowed" or "denied".
+            decision: "done"; "allowed"; "denied" by the caller's role; "refused" by a gate or a content
+                check; of a job's end "succeeded", "failed" or "cancelled".
             prompt_hash: of a generation's prompt.
             digests: of the adapters concerned.
         """
@@ -168,9 +172,15 @@ class Audit(Database):
         connection.execute(update(heads).filter_by(id=1).values(number=entry.number, hash=digest))
 
     def record(self, tenant: str, what: str, resource: str, **values: Any) -> None:
-        """Append an entry about something that changes nothing: a generation, an export, a denied call."""
-        with self.writing() as connection:
-            self.audit(connection, tenant, what, resource, **values)
+        """Append an entry about something that changes nothing: a download, an export, a denied call."""
+        self.record_all(tenant, what, [{"resource": resource, **values}])
+
+    def record_all(self, tenant: str, what: str, entries: Sequence[dict[str, Any]]) -> None:
+        """Append entries with the arguments of `audit`, a hundred in a transaction: it holds up all writers."""
+        for start in range(0, len(entries), _AT_ONCE):
+            with self.writing() as connection:
+                for values in entries[start : start + _AT_ONCE]:
+                    self.audit(connection, tenant, what, **values)
 
     def audit_head(self) -> Head:
         """The newest entry's place, as the database tells it."""
