@@ -6,6 +6,7 @@ process alone, so that help and errors come at once.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +83,8 @@ def main(
     or start one for themselves.
     """
     del version
+    # Commands tell what is wrong in their own words; Python would print a library's warnings beside them.
+    logging.getLogger("mooring_server").addHandler(logging.NullHandler())
 
 
 @app.command()

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from mooring_server.errors import Code
+from mooring_server.errors import Code, StorageUnavailableError
 from mooring_server.errors import MooringError as ServerError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def errors_shown() -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        shown = fail(error.message, error.remedy, code=_BY_SERVER_CODE.get(error.code, 1))
+        shown = fail(*_words(error), code=_BY_SERVER_CODE.get(error.code, 1))
         _violations(error.fields)
         raise shown from None
     except KeyboardInterrupt:
@@ -99,6 +99,15 @@ def errors_shown() -> Iterator[None]:
         shown = fail(message, remedy, code=_BY_CLIENT_ERROR.get(type(error).__name__, 1))
         _violations(error.fields)
         raise shown from None
+
+
+def _words(error: ServerError) -> tuple[str, str]:
+    """Message and remedy; of storage that a command opened itself also what that said, in one line."""
+    cause = getattr(error.__cause__, "orig", None)
+    if not isinstance(error, StorageUnavailableError) or cause is None:
+        return error.message, error.remedy
+    said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return f"{error.message} {said}", "Check MOORING_DATABASE_URL, and that the database runs."
 
 
 def _violations(fields: Iterable[Any]) -> None:

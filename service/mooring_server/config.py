@@ -136,6 +136,15 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(
         default=None, description="CA of client certificates, PEM; with it every client must show one."
     )
+    max_connection_age_seconds: float = Field(
+        default=3600.0,
+        ge=0.0,
+        description="Connections with a client certificate end after about this long, so that one that was "
+        "revoked does not stay; 0: never.",
+    )
+    max_connection_grace_seconds: float = Field(
+        default=3600.0, ge=1.0, description="Time that calls which run then have to end, streams too."
+    )
     auth: Annotated[tuple[AuthMethod, ...], NoDecode] = Field(
         default=(),
         description="Accepted credentials, with commas: api_key, jwt, mtls. Empty: none, loopback only.",

@@ -261,7 +261,7 @@ class Server:
         )
         server = grpc.aio.server(
             interceptors=[EdgeInterceptor(self._metrics, self._gate, access, self._tracing)],
-            options=_OPTIONS,
+            options=[*_OPTIONS, *tls.connection_options(settings)],
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
 

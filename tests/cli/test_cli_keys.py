@@ -87,3 +87,16 @@ def test_a_key_is_not_sent_in_the_clear(server: ScriptedServer, monkeypatch: pyt
     assert result.exit_code == 2
     assert "not sent in the clear" in result.stderr
     assert server.calls == {}
+
+
+@pytest.mark.parametrize("command", [["keys", "list"], ["keys", "create", "acme"], ["db", "current"]])
+def test_a_database_that_is_away_is_one_line(tmp_path: Path, command: list[str]) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/nothing"
+    result = CliRunner().invoke(app, command, env={"MOORING_DATABASE_URL": url})
+    assert result.exit_code == 5
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 2, result.stderr
+    assert lines[0].startswith("error: The database is away. ")
+    assert "127.0.0.1" in lines[0]
+    assert "MOORING_DATABASE_URL" in lines[1]
+    assert "Traceback" not in result.output

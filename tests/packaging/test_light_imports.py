@@ -47,6 +47,7 @@ COMMANDS = [
     "keys create",
     "demo",
     "health",
+    "verify",
     "jobs watch",
     "audit",
     "audit verify",

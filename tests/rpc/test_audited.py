@@ -55,9 +55,9 @@ def generate(stubs, **values):
 
 
 def test_a_generation_is_told_with_its_prompts_hash_and_adapters(as_role, adapter, told):
-    generate(as_role(Role.USER), adapter="kept")
-    (entry,) = told()
     name = f"tenants/{TENANT}/adapters/kept@1"
+    generate(as_role(Role.USER), adapter=name)
+    (entry,) = told()
     assert short(entry) == ("Generate", name, "allowed")
     assert (entry.prompt_hash, entry.digests) == (facts.prompt_hash(PROMPT), adapter.digest)
     assert (entry.tenant, entry.role) == (TENANT, "user")
@@ -75,7 +75,7 @@ def test_what_the_engine_has_no_room_for_was_not_allowed(as_role, runtime, told,
     assert failure.reason == "QUEUE_FULL"
     assert told() == []
     failure_of(lambda: generate(as_role(Role.USER), steps=0))
-    failure_of(lambda: generate(as_role(Role.USER), adapter="nobody"))
+    failure_of(lambda: generate(as_role(Role.USER), adapter="tenants/-/adapters/nobody"))
     assert told() == []
 
 

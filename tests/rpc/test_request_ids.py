@@ -19,11 +19,7 @@ CALLS = {
     "Evaluate": lambda s: s.personalization.Evaluate(personalization_pb2.EvaluateRequest(request_id=BAD)),
     "RunBatch": lambda s: s.personalization.RunBatch(
         iter(
-            [
-                personalization_pb2.RunBatchRequest(
-                    settings=personalization_pb2.BatchSettings(request_id=BAD)
-                )
-            ]
+            [personalization_pb2.RunBatchRequest(settings=personalization_pb2.BatchSettings(request_id=BAD))]
         )
     ),
     "PublishAdapter": lambda s: s.adapters.PublishAdapter(
@@ -39,9 +35,7 @@ CALLS = {
                     adapter=adapter_pb2.AdapterImport(
                         adapter_id="ids",
                         request_id=BAD,
-                        rights=subject_pb2.RightsDeclaration(
-                            basis=subject_pb2.RightsDeclaration.BASIS_OWNED
-                        ),
+                        rights=subject_pb2.RightsDeclaration(basis=subject_pb2.RightsDeclaration.BASIS_OWNED),
                     )
                 )
             ]

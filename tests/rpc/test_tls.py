@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -19,7 +20,7 @@ from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.permissions import Permission, Rule
 from mooring_server.rpc.quotas import Quotas
-from mooring_server.rpc.tls import CertificateFiles, server_credentials
+from mooring_server.rpc.tls import CertificateFiles, connection_options, server_credentials
 from mooring_server.telemetry.metrics import Metrics
 from rpc_calls import DEADLINE
 
@@ -44,7 +45,10 @@ async def listen() -> AsyncIterator[Listen]:
         )
         quotas = Quotas(lambda _tenant: Quota(), time.monotonic)
         access = Access(authenticator, quotas, lambda _name: Rule(Permission.READ))
-        server = grpc.aio.server(interceptors=[EdgeInterceptor(Metrics("0"), Gate(ready=True), access)])
+        server = grpc.aio.server(
+            interceptors=[EdgeInterceptor(Metrics("0"), Gate(ready=True), access)],
+            options=connection_options(settings),
+        )
 
         async def who(_request: bytes, _context: Any) -> bytes:
             return repr(CALLER.get().identity).encode()
@@ -192,3 +196,45 @@ async def test_no_certificate_or_a_stranger_s_does_not_get_through_the_handshake
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await who(target, credentials)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_certificate_that_counts_no_longer_is_out_when_its_connection_ends(
+    tmp_path: Path, authority: Certified, listen: Listen
+) -> None:
+    ca, _ = authority.write(tmp_path, "ca")
+    settings = settings_of(
+        tmp_path,
+        authority,
+        tls_client_ca=ca,
+        auth=("mtls",),
+        max_connection_age_seconds=1.0,
+        max_connection_grace_seconds=1.0,
+    )
+    target = await listen(settings)
+    credentials = client_of(authority, authority, uris=("spiffe://mooring/tenants/acme/user",))
+    async with grpc.aio.secure_channel(target, credentials) as channel:
+        call = channel.unary_unary("/test.Tls/Who")
+        assert b"acme" in await call(b"", timeout=DEADLINE)
+        ready = grpc.ChannelConnectivity.READY
+        await asyncio.wait_for(channel.wait_for_state_change(ready), DEADLINE)
+        assert b"acme" in await call(b"", timeout=DEADLINE), "a good certificate connects anew"
+        ca.write_bytes(certify("another authority").cert_pem)
+        while channel.get_state() is not ready:  # the connection of the call just made
+            await channel.wait_for_state_change(channel.get_state())
+        await asyncio.wait_for(channel.wait_for_state_change(ready), DEADLINE)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"", timeout=DEADLINE)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_connections_end_only_where_a_certificate_says_who_calls(
+    tmp_path: Path, authority: Certified
+) -> None:
+    ca, _ = authority.write(tmp_path, "ca")
+    assert connection_options(settings_of(tmp_path, authority)) == []
+    guarded = settings_of(tmp_path, authority, tls_client_ca=ca)
+    assert connection_options(guarded) == [
+        ("grpc.max_connection_age_ms", 3_600_000),
+        ("grpc.max_connection_age_grace_ms", 3_600_000),
+    ]
+    assert connection_options(guarded.model_copy(update={"max_connection_age_seconds": 0.0})) == []

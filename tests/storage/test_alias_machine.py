@@ -87,6 +87,15 @@ class AliasLife(RuleBasedStateMachine):
         version = sorted(self.alive)[choice % len(self.alive)]
         self._publish(version, version, alias, Verdict.PASSED)
 
+    @precondition(lambda self: len(self.alive) > 1)
+    @rule(choice=CHOICES, alias=ALIASES)
+    def publish_another_and_the_first_again(self, choice: int, alias: str) -> None:
+        """A, B, A: the way back is B and then A, not A at once."""
+        alive = sorted(self.alive)
+        first, second = (alive[(choice + step) % len(alive)] for step in (0, 1))
+        for version in (first, second, first):
+            self._publish(version, version, alias, Verdict.PASSED)
+
     def _publish(self, version: int | None, target: int, alias: str, verdict: Verdict) -> None:
         published, decision = self.store.publish_alias(
             "acme", "duck", version, alias, judge=judged(verdict), actor="ann"

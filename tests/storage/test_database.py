@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 from mooring_server.cli import app
 from mooring_server.errors import StorageUnavailableError
 from mooring_server.storage import schema
+from mooring_server.storage.database import open_engine, use_wal
 from mooring_server.storage.store import Store
 from sqlalchemy import update
 from store_rows import new_subject
@@ -97,3 +100,43 @@ def test_a_database_that_is_away_is_said_to_be_that(tmp_path: Path, command: lis
 def _objects_of(command: list[str], folder: Path) -> list[str]:
     reads_objects = command[-1] in {"gc", "verify"}
     return ["--objects-url", str(folder / "objects")] if reads_objects else []
+
+
+class Locked:
+    """A connection whose file others hold for its first statements."""
+
+    def __init__(self, times: int, code: int = sqlite3.SQLITE_BUSY) -> None:
+        self.left, self.code = times, code
+
+    def execute(self, statement: str) -> None:
+        assert statement == "PRAGMA journal_mode=WAL"
+        self.left -= 1
+        if self.left >= 0:
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorcode = self.code
+            raise error
+
+
+def test_a_fresh_file_that_another_process_sets_up_is_waited_for() -> None:
+    use_wal(Locked(3))
+    with pytest.raises(sqlite3.OperationalError):
+        use_wal(Locked(10**9), seconds=0.05)
+    with pytest.raises(sqlite3.OperationalError):
+        use_wal(Locked(1, sqlite3.SQLITE_READONLY))
+
+
+def test_many_may_open_a_fresh_file_at_once(tmp_path: Path) -> None:
+    """Raced for real: SQLite does not wait by itself where the journal mode changes."""
+    together = threading.Barrier(8)
+
+    def start(path: Path) -> str:
+        together.wait()
+        engine = open_engine(f"sqlite:///{path}")
+        with engine.connect() as connection:
+            mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar())
+        engine.dispose()
+        return mode
+
+    with ThreadPoolExecutor(8) as threads:
+        for number in range(10):
+            assert set(threads.map(start, [tmp_path / f"{number}.db"] * 8)) == {"wal"}

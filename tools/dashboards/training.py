@@ -95,6 +95,16 @@ def board() -> dashboard.Dashboard:
         )
         .with_panel(
             graph(
+                "Decisions of the gate",
+                "On versions to be published, per second.",
+                "none",
+                {"{{verdict}}": rate("mooring_gate_decisions_total", "verdict")},
+                span=24,
+                stacked=True,
+            )
+        )
+        .with_panel(
+            graph(
                 "Penalty λ",
                 "What the controller chose to meet the budget.",
                 "none",

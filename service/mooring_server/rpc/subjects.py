@@ -34,6 +34,7 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
         del context
         runtime = self._runtime()
         tenant = names.check_parent(caller.tenant(), request.parent)
+        request_id = names.check_request_id(request.request_id)
         subject_id = names.check_id(request.subject_id, "subject_id")
         wanted = request.subject
         placeholder = wanted.placeholder or f"<{subject_id}>"
@@ -46,7 +47,7 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
             class_noun=wanted.class_noun,
             placeholder=placeholder,
             rights=convert.rights_document(wanted.rights, "subject.rights"),
-            request_id=names.check_request_id(request.request_id),
+            request_id=request_id,
         )
         return pb.CreateSubjectResponse(subject=convert.subject(record))
 

@@ -94,6 +94,21 @@ class CertificateFiles:
         )
 
 
+def connection_options(settings: Settings) -> list[tuple[str, Any]]:
+    """Options of the gRPC server that end connections in time where a client certificate says who calls.
+
+    It is looked at in the handshake alone, while keys and tokens are checked at every call: without an end, a
+    certificate that was revoked or has expired would count for as long as its holder keeps the connection.
+    gRPC adds up to a tenth, so that clients do not come back all at once.
+    """
+    if settings.tls_client_ca is None or not settings.max_connection_age_seconds:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", round(settings.max_connection_age_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(settings.max_connection_grace_seconds * 1000)),
+    ]
+
+
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """What the settings ask for; None for plain text. Raises INVALID_FIELD."""
     if settings.tls_cert is None or settings.tls_key is None:

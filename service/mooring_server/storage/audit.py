@@ -176,7 +176,7 @@ class Audit(Database):
         self.record_all(tenant, what, [{"resource": resource, **values}])
 
     def record_all(self, tenant: str, what: str, entries: Sequence[dict[str, Any]]) -> None:
-        """Append entries with the arguments of `audit`, a hundred in a transaction: it holds up all writers."""
+        """Append entries, given as arguments of `audit`; a hundred a transaction, not to stop others."""
         for start in range(0, len(entries), _AT_ONCE):
             with self.writing() as connection:
                 for values in entries[start : start + _AT_ONCE]:

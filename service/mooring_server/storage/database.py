@@ -262,6 +262,24 @@ def _canonical(payload: Any) -> bytes:
     return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def use_wal(connection: Any, *, seconds: float = _BUSY_TIMEOUT_SECONDS) -> None:
+    """Let a SQLite file be written in WAL mode.
+
+    Of several processes that open a fresh file at once one changes the mode, and SQLite tells the others that
+    the file is locked without waiting as `timeout` says, lest they wait for each other: so ask again.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
 def open_engine(url: str) -> Engine:
     """The connections to a database, set up as the module says; nothing is read or written yet.
 
@@ -287,7 +305,8 @@ def open_engine(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        use_wal(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
