@@ -55,7 +55,7 @@ COMMANDS = [
     "db upgrade",
     "db verify",
     "gc",
-    "verify",
+    "db verify",
     "backup",
     "restore",
 ]
