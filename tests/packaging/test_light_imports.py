@@ -55,7 +55,6 @@ COMMANDS = [
     "db upgrade",
     "db verify",
     "gc",
-    "db verify",
     "backup",
     "restore",
 ]
