@@ -59,6 +59,7 @@ from mooring_server.provenance.marks import Marker
 from mooring_server.rpc import permissions, tls, tokens
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
+from mooring_server.rpc.health import HealthServicer
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.jobs import JobServicer
 from mooring_server.rpc.permissions import Permission
@@ -138,7 +139,7 @@ class Server:
         self._runner: JobRunner | None = None
         self._sweeper: Sweeper | None = None
         self._audit_watch: AuditWatch | None = None
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+        self._health = HealthServicer()
         self._grpc: grpc.aio.Server | None = None
         self._probes: Probes | None = None
         self._close_metrics: Callable[[], None] = lambda: None

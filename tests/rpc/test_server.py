@@ -49,6 +49,12 @@ def test_every_service_is_healthy_once_the_base_is_resident(stubs):
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+def test_health_lists_every_service(stubs):
+    stub = health_pb2_grpc.HealthStub(stubs.channel)
+    listed = stub.List(health_pb2.HealthListRequest(), timeout=DEADLINE).statuses
+    assert {name: answer.status for name, answer in listed.items()} == dict.fromkeys(("", *OURS), SERVING)
+
+
 def test_reflection_lists_and_describes_every_service(stubs):
     database = ProtoReflectionDescriptorDatabase(stubs.channel)
     services = set(database.get_services())
