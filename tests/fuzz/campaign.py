@@ -76,14 +76,19 @@ class Tally:
     @property
     def ok(self) -> float:
         """Share of the calls that were answered, of those that could be told."""
-        return self.answered / max(1, sum(self.codes.values()) + self.answered - self.codes["OK"])
+        return self.answered / max(1, self._told)
+
+    @property
+    def _told(self) -> int:
+        """Calls that ended, or whose caller left with an answer."""
+        return sum(self.codes.values()) + self.answered - self.codes["OK"]
 
     @property
     def deep(self) -> float:
-        """Share of the calls whose caller stayed, or of the single requests, that got past the door."""
+        """Share of the calls that could be told, or of the single requests, that got past the door."""
         told = self.inside or self.reasons
         refused = sum(count for reason, count in told.items() if reason in DOOR)
-        return 1.0 - refused / max(1, sum(self.inside.values()) or sum(self.codes.values()))
+        return 1.0 - refused / max(1, sum(self.inside.values()) or self._told)
 
     def shallow(self) -> str:
         """Why this fuzzing would pass anything; "" where it would not."""

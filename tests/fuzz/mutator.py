@@ -66,13 +66,16 @@ class Hints:
     """What the descriptors cannot know.
 
     Attributes:
-        good: values that get far, by "Message.field" or by field name.
+        good: values that get far, by "Message.field" or by field name; a list among them is a whole repeated
+            field.
+        needed: "Message.field" of what the contract calls optional and no call gets far without.
         names: resource names that exist or nearly do, by resource type.
         files: (name, content) that an upload may carry, by method name; those of "" for any other.
         keys: credentials, the first one that of the calls that shall get far.
     """
 
     good: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    needed: frozenset[str] = frozenset()
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     files: Mapping[str, Sequence[tuple[str, bytes]]] = field(default_factory=dict)
     keys: Sequence[str] = ("",)
@@ -122,11 +125,18 @@ def _filled(draw: st.DrawFn, descriptor: Descriptor, hints: Hints, depth: int, w
             continue
         if oneof is not None and len(oneof.fields) > 1:
             chosen[oneof.full_name] = draw(st.sampled_from(list(oneof.fields)))
-        elif draw(st.integers(0, 19)) < (20 - wild if field_behavior_pb2.REQUIRED in behaviors else 6):
+        elif draw(st.integers(0, 19)) < (20 - wild if _needed(each, hints) else 6):
             chosen[each.full_name] = each
     for each in chosen.values():
         _set(draw, message, each, hints, depth, wild)
     return message
+
+
+def _needed(each: FieldDescriptor, hints: Hints) -> bool:
+    behaviors = each.GetOptions().Extensions[_BEHAVIOR]
+    return field_behavior_pb2.REQUIRED in behaviors or (
+        f"{each.containing_type.name}.{each.name}" in hints.needed
+    )
 
 
 def _set(
@@ -148,7 +158,8 @@ def _set(
         return
     value = _extreme(each) if extreme else _good(message, each, hints)
     if each.is_repeated:
-        getattr(message, each.name).extend(draw(value) for _ in range(count))
+        drawn = [draw(value) for _ in range(count)]
+        getattr(message, each.name).extend(drawn[0] if drawn and isinstance(drawn[0], list) else drawn)
     else:
         setattr(message, each.name, draw(value))
 

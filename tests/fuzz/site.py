@@ -223,6 +223,8 @@ class Site:
             "DeleteAliasRequest.name": [*condemned, *aliased],
             "ListAliasMovesRequest.name": [*alone, *aliased],
             "ListAliasesRequest.adapter": alone,
+            "EvaluateRequest.adapter": ["", *alone, *alone, *names["mooring.dev/Adapter"][:12]],
+            "EvaluateRequest.subject": [*names["mooring.dev/Subject"][:10], "tenants/other/subjects/rex"],
             "GetEvaluationRequest.name": [jobs["evaluate"], jobs["evaluate"], *jobs.values()],
             "DownloadArtifactRequest.name": [
                 jobs["evaluate"],
@@ -240,7 +242,8 @@ class Site:
             "prompt": ["a photo of a dog", "a red car on the beach", "the robot", "a <first> dog"],
             "negative_prompt": ["", "snow"],
             "prompts": ["a photo of a {}", "a {} on the beach", "a {} in the city"],
-            "generic_prompts": ["a red car", "a cat on grass", "a small table"],
+            "generic_prompts": [["a red car", "a cat on grass"], ["a small table", "a dog", "a red car"]],
+            "seeds": [[1], [2, 3]],
             "display_name": ["", "Rex", "Ré"],
             "statement": ["", "contract 7"],
             "class_noun": ["dog", "cat"],
@@ -283,7 +286,8 @@ class Site:
         adapters = [*self._exports["native"], *self._exports["diffusers"]]
         files = {"": PHOTOS, "ImportAdapter": adapters, "RunBatch": ROWS}
         keys = [*self._keys.values(), "moor_" + "0" * 16 + "_" + "0" * 64, "eyJhbGciOiJub25lIn0.e30."]
-        return Hints(good, names, files, keys)
+        needed = frozenset({"EvaluateRequest.adapter", "EvaluateRequest.subject"})
+        return Hints(good, needed, names, files, keys)
 
     def _names(self) -> dict[str, list[str]]:
         """Of resources, by type; most of them exist."""
