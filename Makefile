@@ -48,7 +48,7 @@ $(STAMP): requirements/bootstrap.txt requirements/dev.txt pyproject.toml clients
 	@touch $@
 	@echo "==> ready: $(BIN)/mooring --help"
 
-demo: $(STAMP) ## train none and moored on the shipped photos, compare with the base (about 6 minutes on 2 cores)
+demo: $(STAMP) ## train none and moored on the shipped photos, compare with the base (5 to 10 minutes on 2 cores)
 	@$(BIN)/mooring demo
 
 test: lint go ## linters, types, the Go client and every test that is not slow

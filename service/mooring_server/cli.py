@@ -162,7 +162,7 @@ def demo(
 
     Starts a server of its own below the folder, trains two adapters on twelve
     photos of an object that the base has never seen, and writes grid.png and
-    report.html. About six minutes on two cores.
+    report.html. Five to ten minutes on two cores.
 
     \b
     mooring demo
