@@ -114,8 +114,9 @@ def test_wrong_credentials_are_said_to_be_that(rclone_server: S3) -> None:
             call()
 
 
-def test_a_bucket_that_is_away_is_unavailable_and_not_empty() -> None:
-    objects = S3("http://127.0.0.1:9").objects(retry_seconds=0.1)
+@pytest.mark.parametrize("bucket", ["mooring", "project-403"])
+def test_a_bucket_that_is_away_is_unavailable_and_not_empty(bucket: str) -> None:
+    objects = S3("http://127.0.0.1:9").objects(bucket, retry_seconds=0.1)
     for call in (lambda: objects.get("a"), lambda: objects.exists("a"), lambda: list(objects.list())):
         with pytest.raises(StorageUnavailableError, match="does not answer"):
             call()

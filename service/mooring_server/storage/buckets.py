@@ -190,8 +190,10 @@ class BucketObjects:
             yield
         except (BaseError, OSError) as error:
             log.warning("the bucket fails: %s", error)
-            # of a listing, obstore only quotes the answer
-            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403" in str(error)
+            # Of a listing, obstore only quotes the answer, among durations and ports that may read 403 too.
+            refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or (
+                "status code: 403 " in str(error)
+            )
             said = "refuses the server's credentials" if refused else "does not answer"
             raise StorageUnavailableError(f"The bucket of the objects {said}.") from error
 
