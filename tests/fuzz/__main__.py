@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 import tempfile
 import time
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--postgres", action="store_true", help="on a PostgreSQL server of its own")
     parser.add_argument("--save", action="store_true", help=f"also write {SAVED.relative_to(ROOT)}")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with it
     methods = [method for method in METHODS if not given.only or method.name in given.only]
     if not methods:
         parser.error(f"no such method; there are {', '.join(method.name for method in METHODS)}")

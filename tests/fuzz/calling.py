@@ -143,7 +143,7 @@ def call(
         assert left
         return outcome(grpc.StatusCode.CANCELLED, gone=True)
     except grpc.RpcError as error:
-        code, reason = _judged(method, requests, error, left=left)
+        code, reason = _judged(method, requests, error, len(answers), left=left)
         return outcome(code, reason, gone=left and code is grpc.StatusCode.CANCELLED)
     return outcome(grpc.StatusCode.OK)
 
@@ -163,9 +163,9 @@ def _sent(
 
 
 def _judged(
-    method: MethodDescriptor, requests: Sequence[bytes], error: Any, *, left: bool
+    method: MethodDescriptor, requests: Sequence[bytes], error: Any, answers: int, *, left: bool
 ) -> tuple[grpc.StatusCode, str]:
-    """The code and reason of a failed call. Raises AssertionError where it means a bug."""
+    """The code and reason of a call that failed after so many answers. Raises AssertionError for a bug."""
     code: grpc.StatusCode = error.code()
     if left and code is grpc.StatusCode.CANCELLED:
         return code, ""
@@ -176,7 +176,7 @@ def _judged(
     details = trailers.get("grpc-status-details-bin")
     if details is None:
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            assert _work(method, requests) > WORK, f"{path_of(method)}: hung on {shown}"
+            assert _work(method, requests) > WORK, f"{path_of(method)}: hung after {answers} answers {shown}"
             return code, "CLIENT_DEADLINE"
         too_large = any(len(request) > _OWN_LIMIT for request in requests)
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED and too_large:

@@ -13,6 +13,7 @@ import pytest
 from mooring.v1 import media_pb2
 from mooring.v1 import personalization_pb2 as pb
 from mooring_server.engine.policy import TaskClass
+from mooring_server.errors import MooringError, Reason
 from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.rpc import personalization
 from mooring_server.rpc.images import CHUNK_BYTES, image_chunks
@@ -364,6 +365,32 @@ def test_cancelling_the_call_stops_the_engine_at_its_next_step(stubs, runtime):
     wait_until(lambda: not busy(runtime))
     assert runtime.engine.stats().ticks[TaskClass.INTERACTIVE] - ticks <= 2, "the holder's own"
     assert runtime.bank._pins == [0] * len(runtime.bank._pins)
+
+
+def test_a_caller_that_leaves_while_the_engine_takes_its_request_leaves_no_work_behind(
+    stubs, runtime, monkeypatch
+):
+    entered, left, handles, plain = threading.Event(), threading.Event(), [], runtime.engine.generate
+
+    def slow(*args, **rest):
+        entered.set()
+        assert left.wait(DEADLINE)
+        handles.append(plain(*args, **rest))
+        return handles[-1]
+
+    monkeypatch.setattr(runtime.engine, "generate", slow)
+    before = cancelled_calls(runtime)
+    call = stubs.personalization.Generate(
+        pb.GenerateRequest(prompt=PROMPT, steps=150, count=16), timeout=DEADLINE
+    )
+    assert entered.wait(DEADLINE)
+    call.cancel()
+    wait_until(lambda: cancelled_calls(runtime) == before + 1)
+    left.set()
+    wait_until(lambda: handles and handles[0].done())
+    with pytest.raises(MooringError) as caught:
+        handles[0].result(0)
+    assert caught.value.reason is Reason.CANCELLED
 
 
 def test_a_deadline_stops_the_engine_too(stubs, runtime):

@@ -220,15 +220,23 @@ async def draw(
     inbox = _Inbox()
     with runtime.quotas.queued(tenant):
         # Tokenizing for the engine's own check takes milliseconds: off the event loop with it.
-        handle = await asyncio.to_thread(
-            runtime.engine.generate,
-            prepared.request,
-            inbox.post_from_thread,
-            klass=klass,
-            tenant=tenant,
-            deadline=deadline,
-            trace=runtime.tracing.current(),
+        entering = asyncio.ensure_future(
+            asyncio.to_thread(
+                runtime.engine.generate,
+                prepared.request,
+                inbox.post_from_thread,
+                klass=klass,
+                tenant=tenant,
+                deadline=deadline,
+                trace=runtime.tracing.current(),
+            )
         )
+        try:
+            handle = await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            # A thread cannot be cancelled: the engine takes the task, and would run it for nobody.
+            entering.add_done_callback(_cancel_entered)
+            raise
         handle.add_done_callback(inbox.end_from_thread)
         try:
             # once the engine has taken it, so that what is refused for want of room is not told as allowed
@@ -239,6 +247,11 @@ async def draw(
             handle.result(0)
         finally:
             handle.cancel()
+
+
+def _cancel_entered(entering: asyncio.Future[TaskHandle[None]]) -> None:
+    if not entering.cancelled() and entering.exception() is None:
+        entering.result().cancel()
 
 
 def require_device_time(runtime: Runtime, tenant: str) -> None:
