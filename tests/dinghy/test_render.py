@@ -40,6 +40,18 @@ def test_an_upright_square_lies_where_it_was_put(square):
     assert image[20, 50].tolist() == [60, 60, 60]
 
 
+def test_coverage_is_where_objects_lie(square):
+    under, over = Placement(20, 0, 10, -5, flip=False), Placement(10, 0, -20, 20, flip=False)
+    empty = Sample(BLACK, (), "", (), "")
+    layout = lay_out([Sample(BLACK, (Piece(0, under), Piece(0, over)), "", ("cat",), "animal"), empty])
+    pixels, cover = square.draw_covered(layout)
+    assert torch.equal(pixels, square.draw(layout))
+    assert cover.shape == (2, 1, 64, 64)
+    assert cover[0].sum() == pytest.approx(20 * 20 + 10 * 10, rel=0.02)
+    assert cover[0, 0, 17:37, 32:52].min() > 0.5
+    assert not cover[1].any()
+
+
 def test_mirroring_swaps_the_halves(square):
     image = _draw(square, Piece(0, Placement(20, 0, 10, -5, flip=True)))
     assert image[20, 50].min() == 255

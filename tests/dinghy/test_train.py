@@ -61,6 +61,23 @@ def test_the_large_preset_builds_and_takes_a_step(tmp_path):
     assert torch.isfinite(trainer.loss(0, latents, trainer.empty.expand(2, -1)))
 
 
+def test_what_objects_cover_counts_more_until_the_rate_has_fallen(tmp_path):
+    plan = Plan(steps=1000, batch=2, warmup_steps=1, decay=0.5)
+    trainer = Trainer(tmp_path / "run", CPU, plan)
+    latents = torch.randn(2, SHIPPED.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = trainer.empty.expand(2, -1)
+    half = torch.zeros(2, 1, 16, 16)
+    half[..., :8] = 1
+    with torch.no_grad():
+        early, late = (
+            [float(trainer.loss(step, latents, ids, cover)) for cover in (None, half, 1 - half)]
+            for step in (100, 999)
+        )
+    # the two halves' weights are 1.5 and 0.5 of the mean at the peak, nearly one at the end
+    assert early[1] + early[2] == pytest.approx(2 * early[0], rel=1e-5)
+    assert abs(late[1] - late[0]) < 0.1 * abs(early[1] - early[0])
+
+
 def test_committed_weights_are_a_starting_point(tmp_path):
     source = Trainer(tmp_path / "source", CPU, PLAN)
     with torch.no_grad():

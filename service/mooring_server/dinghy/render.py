@@ -154,12 +154,17 @@ class Renderer:
             out[rows.to(self.device)] = picked.permute(0, 3, 1, 2).float() / 255
         return out
 
-    @torch.no_grad()
     def draw(self, layout: Layout) -> Tensor:
         """Pictures in [0, 1]: ``[B, 3, px, px]`` float32 on the renderer's device."""
+        return self.draw_covered(layout)[0]
+
+    @torch.no_grad()
+    def draw_covered(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """As :meth:`draw`, and how much of each pixel objects cover: ``[B, 1, px, px]`` in [0, 1]."""
         canvas = self._grounds(layout)
+        bare = torch.ones(len(canvas), 1, self.px, self.px, device=self.device)
         if not len(layout.depth):
-            return canvas
+            return canvas, 1 - bare
         layers = int(layout.depth.max()) + 1
         for depth in range(layers):
             mask = (layout.depth == depth).nonzero()[:, 0]
@@ -168,7 +173,8 @@ class Renderer:
             part = part.to(self.device)
             colour, alpha = self._objects(part, tinted)
             canvas[part.owner] = canvas[part.owner] * (1 - alpha) + colour
-        return canvas.clamp_(0, 1)
+            bare[part.owner] *= 1 - alpha
+        return canvas.clamp_(0, 1), 1 - bare
 
     def _objects(self, part: Layout, tinted: bool) -> tuple[Tensor, Tensor]:
         """Premultiplied colour ``[P, 3, px, px]`` and coverage ``[P, 1, px, px]`` of a layout's objects."""
