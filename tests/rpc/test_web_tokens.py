@@ -111,7 +111,7 @@ def segment(value: object) -> str:
 
 def test_unsigned_and_symmetric_tokens_are_refused(issuer: Issuer) -> None:
     claims = jwt.decode(issuer.token(), options={"verify_signature": False})
-    for algorithm in ("none", "None", "NONE", "", "HS256", None, 7):
+    for algorithm in ("none", "None", "NONE", "", "HS256", None, 7, [], ["ES256"], {"ES256": 1}):
         token = f"{segment({'alg': algorithm, 'kid': 'one'})}.{segment(claims)}."
         assert refusal(issuer, token) in {"token_algorithm", "token_malformed"}
     # the classic confusion: the public key as an HMAC secret

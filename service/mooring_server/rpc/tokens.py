@@ -262,7 +262,8 @@ class TokenVerifier:
         except jwt.PyJWTError:
             raise CredentialRefusedError("token_malformed") from None
         algorithm, kid = header.get("alg"), header.get("kid")
-        if algorithm not in ALGORITHMS:
+        # the header is anybody's JSON: what is no text cannot be looked for in a set
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise CredentialRefusedError("token_algorithm")
         if not isinstance(kid, str):
             raise CredentialRefusedError("token_key_unnamed")
