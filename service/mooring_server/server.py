@@ -56,10 +56,11 @@ from mooring_server.jobs.runner import JobRunner, RunnerSettings
 from mooring_server.jobs.sweeper import Sweeper
 from mooring_server.provenance import identity
 from mooring_server.provenance.marks import Marker
-from mooring_server.rpc import permissions, tls, tokens
+from mooring_server.rpc import permissions, threads, tls, tokens
 from mooring_server.rpc.adapters import AdapterServicer
 from mooring_server.rpc.edge import Access, EdgeInterceptor, Gate
 from mooring_server.rpc.health import HealthServicer
+from mooring_server.rpc.held import HeldFiles
 from mooring_server.rpc.identity import Authenticator
 from mooring_server.rpc.jobs import JobServicer
 from mooring_server.rpc.permissions import Permission
@@ -159,6 +160,7 @@ class Server:
                 protocol that is not gRPC.
         """
         started = time.monotonic()
+        asyncio.get_running_loop().set_default_executor(threads.for_calls())
         try:
             self._tracing = traces.from_environment(self._version)
             # the store first: whoever calls while the base is loaded is told so only when it may know
@@ -441,6 +443,8 @@ class Server:
             marker=marker,
             quotas=self._quotas,
             device_time=device_time,
+            held=HeldFiles.of(settings),
+            long=threads.LongWork(),
             base_name=dinghy.VERSION if packaged else Path(settings.base).name,
             judges_available=judges is not None,
             prompts=prompts,
@@ -457,6 +461,7 @@ class Server:
         if self._audit_watch is not None:
             self._audit_watch.stop()
         if self._runtime is not None:
+            self._runtime.long.close()
             self._runtime.engine.close()
             self._runtime.adapters.close()
             self._runtime.decoders.close()

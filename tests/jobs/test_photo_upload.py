@@ -94,6 +94,24 @@ def test_too_many_photos_store_nothing(store, objects, subject) -> None:
     assert len(list(objects.list("photos/"))) == 1
 
 
+def test_files_that_did_not_arrive_as_announced_count_too(store, objects, subject) -> None:
+    """Else a stream of them would fill the memory with what is wrong with each."""
+    batch = PhotoUpload(store, objects, "acme", "duck")
+    for _ in range(MAX_PHOTOS):
+        batch.reject(MooringError(Reason.DIGEST_MISMATCH, "It is another file."))
+    with pytest.raises(MooringError) as caught:
+        batch.reject(MooringError(Reason.DIGEST_MISMATCH, "It is another file."))
+    assert caught.value.reason is Reason.TOO_MANY_PHOTOS
+
+
+def test_an_upload_tells_what_it_holds(store, objects, subject) -> None:
+    batch = PhotoUpload(store, objects, "acme", "duck")
+    for data in (png(), jpeg(), png()):  # the first one is known when it comes again
+        batch.add("x", data)
+    batch.commit()
+    assert batch.held_bytes == sum(entry.size for entry in objects.entries("photos/"))
+
+
 def test_a_missing_subject_is_noticed_before_any_file_is_read(store, objects) -> None:
     with pytest.raises(MooringError) as caught:
         PhotoUpload(store, objects, "acme", "duck")

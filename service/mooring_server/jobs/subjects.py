@@ -51,6 +51,12 @@ class PhotoUpload:
         self._order: list[str] = []
         self._errors: dict[int, MooringError] = {}
         self._files = 0
+        self._held_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What the pictures take of memory."""
+        return self._held_bytes
 
     def add(self, filename: str, data: bytes) -> None:
         """Check the next file. What is wrong with it is raised by `commit`, together with all the others'.
@@ -58,13 +64,7 @@ class PhotoUpload:
         Raises:
             MooringError: TOO_MANY_PHOTOS at once, when one upload alone has more than a subject takes.
         """
-        if self._files == MAX_PHOTOS:
-            raise MooringError(
-                Reason.TOO_MANY_PHOTOS,
-                f"The upload has more than {MAX_PHOTOS} files.",
-                remedy=f"A subject takes {MAX_PHOTOS} photos: keep the sharpest and most varied ones.",
-            )
-        index, self._files = self._files, self._files + 1
+        index = self._next()
         try:
             photo = self._decode(data, filename)
         except MooringError as error:
@@ -74,13 +74,29 @@ class PhotoUpload:
         data = encode_png(photo.image)
         key = content_key(f"photos/{self._subject.uid}/{new_id()}", data, "png")
         row = NewPhoto(photo.filename, photo.sha256, key, width, height, photo.size_bytes)
-        self._checked.setdefault(photo.sha256, (row, data))
+        if photo.sha256 not in self._checked:
+            self._checked[photo.sha256] = row, data
+            self._held_bytes += len(data)
         self._order.append(photo.sha256)
 
     def reject(self, error: MooringError) -> None:
-        """Count the next file as one that did not arrive as announced; `commit` raises what is wrong."""
-        self._errors[self._files] = error
+        """Count the next file as one that did not arrive as announced; `commit` raises what is wrong.
+
+        Raises:
+            MooringError: TOO_MANY_PHOTOS as `add` does.
+        """
+        self._errors[self._next()] = error
+
+    def _next(self) -> int:
+        """Number of the next file, from 0. Raises TOO_MANY_PHOTOS."""
+        if self._files == MAX_PHOTOS:
+            raise MooringError(
+                Reason.TOO_MANY_PHOTOS,
+                f"The upload has more than {MAX_PHOTOS} files.",
+                remedy=f"A subject takes {MAX_PHOTOS} photos: keep the sharpest and most varied ones.",
+            )
         self._files += 1
+        return self._files - 1
 
     def commit(self) -> tuple[list[Photo], int]:
         """Store all photos, or none.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from mooring.v1 import adapter_pb2 as pb
 from mooring.v1 import adapter_pb2_grpc, media_pb2
@@ -18,6 +18,7 @@ from mooring_server.rpc.publishing import Publishing
 from mooring_server.rpc.runtime import Provide, Runtime, find_adapter
 from mooring_server.rpc.transfer import IncomingFile
 from mooring_server.storage.database import check_text
+from mooring_server.storage.models import Adapter
 
 
 class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
@@ -67,53 +68,57 @@ class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
                 Reason.INVALID_FIELD, f"format {problem}.", fields=[FieldViolation("format", problem)]
             )
         where = names.resolve_adapter(caller.tenant(), request.name)
-        files = await asyncio.to_thread(_files, self._runtime(), where, request.format)
-        await asyncio.to_thread(
-            self._runtime().store.record, where.tenant, "ExportAdapter", request.name, decision="allowed"
-        )
-        for filename, data in files.items():
-            yield pb.ExportAdapterResponse(file=transfer.header_of(filename, data))
-            for chunk in transfer.chunks(data):
-                yield pb.ExportAdapterResponse(chunk=chunk)
+        runtime, tenant = self._runtime(), caller.tenant()
+        with runtime.held.call(tenant) as hold:
+            files = await runtime.long.run(tenant, _files, runtime, where, request.format)
+            hold(sum(len(data) for _, data in files))
+            await asyncio.to_thread(
+                runtime.store.record, where.tenant, "ExportAdapter", request.name, decision="allowed"
+            )
+            for header, data in files:
+                yield pb.ExportAdapterResponse(file=header)
+                for chunk in transfer.chunks(data):
+                    yield pb.ExportAdapterResponse(chunk=chunk)
 
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[pb.ImportAdapterRequest], context: Context
     ) -> pb.ImportAdapterResponse:
         """See the contract."""
         del context
-        runtime = self._runtime()
-        tenant, wanted = "", None
+        runtime, tenant = self._runtime(), caller.tenant()
+        with runtime.held.call(tenant) as hold:
+            wanted, files = await self._receive(runtime, request_iterator, hold)
+            async with self._importing:
+                record = await runtime.long.run(tenant, _import, runtime, tenant, wanted, files)
+        return pb.ImportAdapterResponse(adapter=convert.adapter(record, layers=True))
+
+    async def _receive(
+        self,
+        runtime: Runtime,
+        messages: AsyncIterator[pb.ImportAdapterRequest],
+        hold: Callable[[int], None],
+    ) -> tuple[ImportRequest, _IncomingFiles]:
+        wanted = None
         files = _IncomingFiles(runtime.settings.max_adapter_bytes)
-        async for message in request_iterator:
+        async for message in messages:
             kind = message.WhichOneof("content")
             if kind == "adapter":
                 if wanted is not None:
                     raise _protocol("adapter", "comes once, in the first message")
-                tenant = names.check_parent(caller.tenant(), message.adapter.parent, "adapter.parent")
+                names.check_parent(caller.tenant(), message.adapter.parent, "adapter.parent")
                 wanted = _wanted(message.adapter)
             elif wanted is None:
                 raise _protocol("adapter", "must be in the first message")
             elif kind == "file":
-                files.start(message.file)
+                await asyncio.to_thread(files.start, message.file)
             elif kind == "chunk":
                 files.add(message.chunk)
+                hold(files.held_bytes)
             else:
                 raise _protocol("content", "must be a file header, or a chunk after one")
         if wanted is None:
             raise _protocol("adapter", "must be in the first message")
-        received = files.finish()
-        async with self._importing:
-            record = await asyncio.to_thread(
-                import_adapter,
-                runtime.store,
-                runtime.objects,
-                runtime.bank,
-                tenant,
-                wanted,
-                received,
-                max_bytes=runtime.settings.max_adapter_bytes,
-            )
-        return pb.ImportAdapterResponse(adapter=convert.adapter(record, layers=True))
+        return wanted, files
 
 
 class _IncomingFiles:
@@ -130,8 +135,18 @@ class _IncomingFiles:
         self._file: IncomingFile | None = None
         self._files: dict[str, bytes] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """What they take of memory."""
+        coming = 0 if self._file is None else self._file.held_bytes
+        return coming + sum(len(data) for data in self._files.values())
+
     def start(self, header: media_pb2.FileHeader) -> None:
-        """Begin the next file. Raises INVALID_FIELD, ADAPTER_TOO_LARGE, or what ails the one before."""
+        """Hash the file before, and begin the next one.
+
+        Raises:
+            MooringError: INVALID_FIELD, ADAPTER_TOO_LARGE, or what ails the one before.
+        """
         self._close()
         if self._count == MAX_FILES:
             raise _protocol("files", f"holds more than {MAX_FILES} files")
@@ -227,9 +242,23 @@ def _delete(runtime: Runtime, where: names.Resolved) -> None:
         runtime.adapters.forget(deleted.object_key)
 
 
-def _files(runtime: Runtime, where: names.Resolved, form: int) -> dict[str, bytes]:
+def _import(runtime: Runtime, tenant: str, wanted: ImportRequest, files: _IncomingFiles) -> Adapter:
+    return import_adapter(
+        runtime.store,
+        runtime.objects,
+        runtime.bank,
+        tenant,
+        wanted,
+        files.finish(),
+        max_bytes=runtime.settings.max_adapter_bytes,
+    )
+
+
+def _files(runtime: Runtime, where: names.Resolved, form: int) -> list[tuple[media_pb2.FileHeader, bytes]]:
     record = find_adapter(runtime, where)
     weights = runtime.adapters.get(record)
     if form == pb.ADAPTER_FORMAT_DIFFUSERS:
-        return export_diffusers(weights, runtime.base)
-    return {f"{record.adapter_id}-{record.version}.safetensors": to_safetensors(weights)}
+        files = export_diffusers(weights, runtime.base)
+    else:
+        files = {f"{record.adapter_id}-{record.version}.safetensors": to_safetensors(weights)}
+    return [(transfer.header_of(filename, data), data) for filename, data in files.items()]

@@ -8,8 +8,8 @@ takes the memory of one.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
+import io
 import json
 import math
 from collections.abc import AsyncIterator, Callable
@@ -32,12 +32,20 @@ MAX_VIOLATIONS = 100
 """Faulty lines that are looked for; a file with more is not read further."""
 
 
-async def receive(runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunBatchRequest]) -> Job:
+async def receive(
+    runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunBatchRequest], hold: Callable[[int], None]
+) -> Job:
     """Take the upload and queue its job.
+
+    Args:
+        runtime: the server's parts.
+        tenant: who sends.
+        messages: the stream.
+        hold: told how many bytes are held; see `HeldFiles.call`.
 
     Raises:
         MooringError: INVALID_FIELD, DIGEST_MISMATCH, BATCH_TOO_LARGE, BATCH_NOT_VALID with a violation per
-            line, REQUEST_ID_REUSED, QUOTA_EXCEEDED.
+            line, REQUEST_ID_REUSED, QUOTA_EXCEEDED, QUEUE_FULL.
     """
     settings: pb.BatchSettings | None = None
     file: IncomingFile | None = None
@@ -57,17 +65,19 @@ async def receive(runtime: Runtime, tenant: str, messages: AsyncIterator[pb.RunB
             file = IncomingFile(message.file, 0, runtime.settings.max_batch_bytes, too_large=_too_large)
         elif kind == "chunk" and file is not None:
             file.add(message.chunk)
+            hold(file.held_bytes)
         else:
             raise _protocol("content", "must be the file header, or a chunk after it")
     if settings is None:
         raise _protocol("settings", "must be in the first message")
     if file is None:
         raise _protocol("file", "is missing")
-    name, data = safe_filename(file.header.filename), file.finish()
-    return await asyncio.to_thread(_queue, runtime, tenant, settings.request_id, name, data)
+    return await runtime.long.run(tenant, _queue, runtime, tenant, settings.request_id, file)
 
 
-def _queue(runtime: Runtime, tenant: str, request_id: str, filename: str, data: bytes) -> Job:
+def _queue(runtime: Runtime, tenant: str, request_id: str, file: IncomingFile) -> Job:
+    """Blocking."""
+    filename, data = safe_filename(file.header.filename), file.finish()
     generation.require_device_time(runtime, tenant)
     checker = _Checker(runtime, tenant)
     rows = checker.check(data)
@@ -110,7 +120,8 @@ class _Checker:
         ids: dict[str, int] = {}
         limit = self._runtime.settings.max_batch_rows
         count = 0
-        for number, line in enumerate(data.split(b"\n"), start=1):
+        # one line at a time: a file of short lines would take many times its size when cut at once
+        for number, line in enumerate(io.BytesIO(data), start=1):
             if not line.strip():
                 continue
             count += 1
@@ -122,7 +133,7 @@ class _Checker:
                     metadata={"limit": str(limit)},
                 )
             try:
-                row_id, request = self._parsed(line)
+                row_id, request = self._parsed(line.removesuffix(b"\n"))
                 if row_id and ids.setdefault(row_id, number) != number:
                     _wrong("id", f"{row_id!r} is the id of line {ids[row_id]} already")
                 read.append((number, row_id, request))

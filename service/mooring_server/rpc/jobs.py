@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from functools import partial
 
 from mooring.v1 import job_pb2 as pb
-from mooring.v1 import job_pb2_grpc
+from mooring.v1 import job_pb2_grpc, media_pb2
 
 from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.jobs.batch_rows import image_key, row_of
@@ -115,8 +115,8 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 f"Job {job.job_id!r} is a {job.kind} job: it has no evaluation.",
                 remedy="Name a job that Evaluate made.",
             )
-        content = await asyncio.to_thread(_stored_json, self._runtime(), key)
-        return pb.GetEvaluationResponse(evaluation=convert.evaluation(job, content))
+        runtime = self._runtime()
+        return await runtime.long.run(caller.tenant(), _evaluation, runtime, job, key)
 
     async def DownloadArtifact(
         self, request: pb.DownloadArtifactRequest, context: Context
@@ -134,13 +134,14 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                 f"Job {job.job_id!r} made no file {request.filename[:100]!r}.",
                 remedy=f"It made {len(artifacts)} files: {some}{', …' if len(artifacts) > 5 else ''}.",
             )
-        data = await asyncio.to_thread(_stored, self._runtime(), found["object_key"])
-        await self._audited(job, "DownloadArtifact", f"jobs/{job.job_id}/{found['filename']}")
-        yield pb.DownloadArtifactResponse(
-            file=transfer.header_of(found["filename"], data, found["media_type"])
-        )
-        for chunk in transfer.chunks(data):
-            yield pb.DownloadArtifactResponse(chunk=chunk)
+        runtime, tenant = self._runtime(), caller.tenant()
+        with runtime.held.call(tenant) as hold:
+            header, data = await runtime.long.run(tenant, _artifact, runtime, found)
+            hold(len(data))
+            await self._audited(job, "DownloadArtifact", f"jobs/{job.job_id}/{found['filename']}")
+            yield pb.DownloadArtifactResponse(file=header)
+            for chunk in transfer.chunks(data):
+                yield pb.DownloadArtifactResponse(chunk=chunk)
 
     async def DownloadBatch(
         self, request: pb.DownloadBatchRequest, context: Context
@@ -169,7 +170,7 @@ class JobServicer(job_pb2_grpc.JobServiceServicer):
                     where.id,
                 )
                 for row in rows:
-                    data = await asyncio.to_thread(_row_image, runtime, job, row)
+                    data = await runtime.long.run(job.tenant, _row_image, runtime, job, row)
                     yield pb.DownloadBatchResponse(row=convert.batch_row(row, job.spec["rows"], data))
                     for chunk in transfer.chunks(data):
                         yield pb.DownloadBatchResponse(chunk=chunk)
@@ -229,9 +230,14 @@ def _row_image(runtime: Runtime, job: Job, row: DoneRow) -> bytes:
     return _stored(runtime, image_key(job.job_id, row.row, sha256)) if sha256 else b""
 
 
-def _stored_json(runtime: Runtime, key: str) -> Document:
+def _artifact(runtime: Runtime, found: Document) -> tuple[media_pb2.FileHeader, bytes]:
+    data = _stored(runtime, found["object_key"])
+    return transfer.header_of(found["filename"], data, found["media_type"]), data
+
+
+def _evaluation(runtime: Runtime, job: Job, key: str) -> pb.GetEvaluationResponse:
     content: Document = json.loads(_stored(runtime, key))
-    return content
+    return pb.GetEvaluationResponse(evaluation=convert.evaluation(job, content))
 
 
 def _stored(runtime: Runtime, key: str) -> bytes:

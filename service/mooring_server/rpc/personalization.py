@@ -149,7 +149,9 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
     ) -> pb.RunBatchResponse:
         """See the contract."""
         del context
-        job = await batches.receive(self._runtime(), caller.tenant(), request_iterator)
+        runtime, tenant = self._runtime(), caller.tenant()
+        with runtime.held.call(tenant) as hold:
+            job = await batches.receive(runtime, tenant, request_iterator, hold)
         return pb.RunBatchResponse(job=convert.job(job))
 
 

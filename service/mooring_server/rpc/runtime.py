@@ -15,8 +15,10 @@ from mooring_server.evaluation.prompts import PromptSets
 from mooring_server.jobs.decoding.pool import DecoderPool
 from mooring_server.provenance.marks import Marker
 from mooring_server.rpc.edge import Gate
+from mooring_server.rpc.held import HeldFiles
 from mooring_server.rpc.names import Resolved
 from mooring_server.rpc.quotas import DeviceTime, Quotas
+from mooring_server.rpc.threads import LongWork
 from mooring_server.safety.policy import SafetyPolicy
 from mooring_server.storage.models import Adapter
 from mooring_server.storage.objects import ObjectStore
@@ -32,6 +34,8 @@ class Runtime:
     Attributes:
         quotas: rates and queue depths of tenants.
         device_time: engine time of tenants.
+        held: bounds what the files of calls take of memory.
+        long: threads for what takes long.
         safety: what is checked of prompts and images.
         marker: signs into finished images where they come from.
         base_name: the base model's name to show.
@@ -55,6 +59,8 @@ class Runtime:
     marker: Marker
     quotas: Quotas
     device_time: DeviceTime
+    held: HeldFiles
+    long: LongWork
     base_name: str
     judges_available: bool
     prompts: PromptSets

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from mooring.v1 import subject_pb2 as pb
 from mooring.v1 import subject_pb2_grpc
@@ -13,7 +13,7 @@ from mooring_server.jobs import subjects as lifecycle
 from mooring_server.jobs.subjects import PhotoUpload
 from mooring_server.rpc import caller, convert, names
 from mooring_server.rpc.edge import Context
-from mooring_server.rpc.runtime import Provide
+from mooring_server.rpc.runtime import Provide, Runtime
 from mooring_server.rpc.transfer import IncomingFile
 
 
@@ -91,17 +91,27 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
     ) -> pb.UploadPhotosResponse:
         """See the contract."""
         del context
-        runtime = self._runtime()
+        runtime, tenant = self._runtime(), caller.tenant()
+        with runtime.held.call(tenant) as hold:
+            return await self._upload(runtime, tenant, request_iterator, hold)
+
+    async def _upload(
+        self,
+        runtime: Runtime,
+        tenant: str,
+        messages: AsyncIterator[pb.UploadPhotosRequest],
+        hold: Callable[[int], None],
+    ) -> pb.UploadPhotosResponse:
         upload: PhotoUpload | None = None
         file: IncomingFile | None = None
         where = names.Resolved(names.NOBODY, "")
         count = 0
-        async for message in request_iterator:
+        async for message in messages:
             kind = message.WhichOneof("content")
             if kind == "subject":
                 if upload is not None:
                     raise _protocol("subject", "comes once, in the first message")
-                where = names.resolve_subject(caller.tenant(), message.subject, "subject")
+                where = names.resolve_subject(tenant, message.subject, "subject")
                 upload = await asyncio.to_thread(
                     PhotoUpload,
                     runtime.store,
@@ -113,18 +123,19 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
             elif upload is None:
                 raise _protocol("subject", "must be in the first message")
             elif kind == "file":
-                await _finish(upload, file)
+                await runtime.long.run(tenant, _finish, upload, file)
                 file = IncomingFile(message.file, count, runtime.settings.max_photo_bytes)
                 count += 1
             elif kind == "chunk" and file is not None:
                 file.add(message.chunk)
+                hold(upload.held_bytes + file.held_bytes)
             else:
                 raise _protocol("content", "must be a file header, or a chunk after one")
         if upload is None:
             raise _protocol("subject", "must be in the first message")
-        await _finish(upload, file)
+        await runtime.long.run(tenant, _finish, upload, file)
         try:
-            photos, added = await asyncio.to_thread(upload.commit)
+            photos, added = await runtime.long.run(tenant, upload.commit)
         except MooringError:
             runtime.metrics.photos.labels("refused").inc(count)
             raise
@@ -141,8 +152,8 @@ class SubjectServicer(subject_pb2_grpc.SubjectServiceServicer):
         return convert.subject(store.get_subject(tenant, subject_id), store.photos(tenant, subject_id))
 
 
-async def _finish(upload: PhotoUpload, file: IncomingFile | None) -> None:
-    """Hand a received file over; what is wrong with it is kept for the end, beside other files' errors."""
+def _finish(upload: PhotoUpload, file: IncomingFile | None) -> None:
+    """Hash and decode a file; what is wrong with it is kept for the end, beside other files' errors."""
     if file is None:
         return
     try:
@@ -150,8 +161,7 @@ async def _finish(upload: PhotoUpload, file: IncomingFile | None) -> None:
     except MooringError as error:
         upload.reject(error)
     else:
-        # Decoding a photo takes tens of milliseconds.
-        await asyncio.to_thread(upload.add, file.header.filename, data)
+        upload.add(file.header.filename, data)
 
 
 def _check_words(class_noun: str, placeholder: str) -> None:

@@ -83,6 +83,11 @@ class IncomingFile:
                 fields=problems,
             )
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of memory."""
+        return len(self._data)
+
     def add(self, chunk: bytes) -> None:
         """Take the next bytes. Raises INVALID_FIELD for an empty or oversized chunk."""
         if not 1 <= len(chunk) <= CHUNK_BYTES:
@@ -95,7 +100,7 @@ class IncomingFile:
             self._data += chunk
 
     def finish(self) -> bytes:
-        """The file.
+        """The file. Blocking for as long as it takes to hash it.
 
         Raises:
             MooringError: IMAGE_TOO_LARGE (or what `too_large` makes), DIGEST_MISMATCH when it is not what
