@@ -5,23 +5,32 @@ import (
 	"context"
 	"io"
 	"iter"
+	"slices"
 
 	"google.golang.org/protobuf/proto"
 
 	"mooring.dev/mooring/mooringv1"
 )
 
-// Adapter returns one adapter version with its certificate; without "@version" the newest.
-func (c *Client) Adapter(ctx context.Context, adapter string) (*mooringv1.Adapter, error) {
-	request := &mooringv1.GetAdapterRequest{Name: resourceName("adapters", adapter)}
+// AdapterView says which adapter versions are shown.
+type AdapterView int
+
+// ShowDeleted shows what is left of deleted versions too; they have a DeleteTime.
+const ShowDeleted AdapterView = 1
+
+// Adapter returns one adapter version with its certificate; without "@version" the newest that is not deleted.
+func (c *Client) Adapter(ctx context.Context, adapter string, view ...AdapterView) (*mooringv1.Adapter, error) {
+	request := &mooringv1.GetAdapterRequest{
+		Name: resourceName("adapters", adapter), ShowDeleted: slices.Contains(view, ShowDeleted),
+	}
 	response, err := unary(ctx, c, c.adapters.GetAdapter, request)
 	return response.GetAdapter(), err
 }
 
 // Adapters iterates over all adapter versions, newest first, without their certificates' layers.
-func (c *Client) Adapters(ctx context.Context) iter.Seq2[*mooringv1.Adapter, error] {
+func (c *Client) Adapters(ctx context.Context, view ...AdapterView) iter.Seq2[*mooringv1.Adapter, error] {
 	return pages(func(token string) ([]*mooringv1.Adapter, string, error) {
-		request := &mooringv1.ListAdaptersRequest{PageToken: token}
+		request := &mooringv1.ListAdaptersRequest{PageToken: token, ShowDeleted: slices.Contains(view, ShowDeleted)}
 		page, err := unary(ctx, c, c.adapters.ListAdapters, request)
 		return page.GetAdapters(), page.GetNextPageToken(), err
 	})

@@ -13,13 +13,16 @@ import (
 
 // RunBatch starts a batch job from a file of rows: JSON Lines, an object a line with "prompt" and whatever else
 // [mooringv1.GenerateRequest] has, one image a row. Every row is checked before the job is queued; the caller need
-// not stay. [Client.BatchRows] brings the images.
-func (c *Client) RunBatch(ctx context.Context, rows File) (*mooringv1.Job, error) {
+// not stay. [Client.BatchRows] brings the images. The settings may be nil.
+func (c *Client) RunBatch(
+	ctx context.Context, settings *mooringv1.BatchSettings, rows File,
+) (*mooringv1.Job, error) {
+	begin := &mooringv1.BatchSettings{}
+	proto.Merge(begin, settings)
+	begin.RequestId = orNewID(begin.GetRequestId())
 	response, err := upload(
 		ctx, c.personalization.RunBatch, []File{rows},
-		&mooringv1.RunBatchRequest{Content: &mooringv1.RunBatchRequest_Settings{
-			Settings: &mooringv1.BatchSettings{RequestId: orNewID("")},
-		}},
+		&mooringv1.RunBatchRequest{Content: &mooringv1.RunBatchRequest_Settings{Settings: begin}},
 		func(header *mooringv1.FileHeader) *mooringv1.RunBatchRequest {
 			return &mooringv1.RunBatchRequest{Content: &mooringv1.RunBatchRequest_File{File: header}}
 		},

@@ -17,9 +17,14 @@ import (
 func TestARealServersBatchJobs(t *testing.T) {
 	_, client := real(t)
 	rows := "{\"prompt\": \"a dog\", \"steps\": 2}\n\n{\"prompt\": \"a cat\", \"steps\": 2, \"seed\": 7}\n"
-	job, err := client.RunBatch(t.Context(), mooring.FileBytes("rows.jsonl", []byte(rows)))
+	settings := &mooringv1.BatchSettings{RequestId: "5a0d6b0e-7a0c-4c43-9a0b-6a7f2f3c1d10"}
+	job, err := client.RunBatch(t.Context(), settings, mooring.FileBytes("rows.jsonl", []byte(rows)))
 	if err != nil {
 		t.Fatal(err)
+	}
+	again, err := client.RunBatch(t.Context(), settings, mooring.FileBytes("rows.jsonl", []byte(rows)))
+	if err != nil || again.GetName() != job.GetName() {
+		t.Error("the same request is another job:", again, err)
 	}
 	images := map[int32][]byte{}
 	var position int32
@@ -30,13 +35,13 @@ func TestARealServersBatchJobs(t *testing.T) {
 		images[row.Row.GetRow()] = row.Image
 		position = row.Row.GetPosition()
 	}
-	again, err := client.Images(t.Context(), &mooringv1.GenerateRequest{
+	alone, err := client.Images(t.Context(), &mooringv1.GenerateRequest{
 		Prompt: "a cat", Steps: proto.Int32(2), Seed: proto.Uint64(7),
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	wanted, err := again[0].Decode()
+	wanted, err := alone[0].Decode()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +56,7 @@ func TestARealServersBatchJobs(t *testing.T) {
 	if job, err = client.Wait(t.Context(), job.GetName(), nil); err != nil || job.GetBatchResult().GetImageCount() != 2 {
 		t.Error(job, err)
 	}
-	_, err = client.RunBatch(t.Context(), mooring.FileBytes("rows.jsonl", []byte("{\"prompt\": \"\"}\n")))
+	_, err = client.RunBatch(t.Context(), nil, mooring.FileBytes("rows.jsonl", []byte("{\"prompt\": \"\"}\n")))
 	if status.Code(err) != codes.InvalidArgument {
 		t.Error(err)
 	}

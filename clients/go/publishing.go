@@ -21,12 +21,15 @@ func (c *Client) PublishAdapter(
 	return unary(ctx, c, c.adapters.PublishAdapter, request)
 }
 
-// RollBackAdapter lets an alias of an adapter, "" for "live", point again to the version before; called again, it
-// goes further back.
-func (c *Client) RollBackAdapter(ctx context.Context, adapter, alias string) (*mooringv1.AdapterAlias, error) {
-	response, err := unary(ctx, c, c.adapters.RollBackAdapter, &mooringv1.RollBackAdapterRequest{
-		Name: resourceName("adapters", adapter), Alias: alias, RequestId: orNewID(""),
-	})
+// RollBackAdapter lets an alias of an adapter ("live" where request.Alias is empty) point again to the version before;
+// called again, it goes further back.
+func (c *Client) RollBackAdapter(
+	ctx context.Context, request *mooringv1.RollBackAdapterRequest,
+) (*mooringv1.AdapterAlias, error) {
+	request = proto.CloneOf(request)
+	request.Name = resourceName("adapters", request.GetName())
+	request.RequestId = orNewID(request.GetRequestId())
+	response, err := unary(ctx, c, c.adapters.RollBackAdapter, request)
 	return response.GetAlias(), err
 }
 

@@ -316,6 +316,16 @@ func TestARealServersResources(t *testing.T) {
 	if _, err := client.Adapter(t.Context(), "copy"); status.Code(err) != codes.NotFound {
 		t.Error(err)
 	}
+	deleted, err := client.Adapter(t.Context(), imported.GetName(), mooring.ShowDeleted)
+	if err != nil || deleted.GetDeleteTime() == nil {
+		t.Error(deleted, err)
+	}
+	if got := names(t, client.Adapters(t.Context())); slices.Contains(got, imported.GetName()) {
+		t.Error(got)
+	}
+	if got := names(t, client.Adapters(t.Context(), mooring.ShowDeleted)); !slices.Contains(got, imported.GetName()) {
+		t.Error(got)
+	}
 	if err := client.DeleteSubject(t.Context(), "resources"); err != nil {
 		t.Error(err)
 	}
@@ -370,7 +380,7 @@ func publishing(t *testing.T, client *mooring.Client, version string) {
 	if got := names(t, client.GateDecisions(t.Context(), version)); len(got) == 0 {
 		t.Error("no decision was kept")
 	}
-	_, err = client.RollBackAdapter(t.Context(), "resources", "")
+	_, err = client.RollBackAdapter(t.Context(), &mooringv1.RollBackAdapterRequest{Name: "resources"})
 	if !mooring.Has(err, mooringv1.ErrorReason_ERROR_REASON_NOTHING_TO_ROLL_BACK) {
 		t.Error(err)
 	}

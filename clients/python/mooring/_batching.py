@@ -19,6 +19,7 @@ from mooring.v1 import job_pb2, job_pb2_grpc, personalization_pb2, personalizati
 
 DONE_FILE = ".mooring-batch.jsonl"
 """In a folder that `save_batch` fills: one line a row that arrived, so that it can go on from there."""
+MANIFEST = "manifest.jsonl"
 
 RowsFile = str | Path | bytes | tuple[str, bytes]
 
@@ -94,22 +95,14 @@ class Batching:
         Raises:
             InvalidArgumentError: the folder holds another job's images.
         """
-        folder, name = Path(directory), resource_name("jobs", job)
-        folder.mkdir(parents=True, exist_ok=True)
-        after = saved_position(folder, name)
-        with (folder / DONE_FILE).open("a", encoding="utf-8") as done:
-            if not after and not done.tell():
-                done.write(json.dumps({"job": name}) + "\n")
-            for row in self.download_batch(name, after_position=after, patience=patience):
-                if row.filename:
-                    _write(folder / _inside(row.filename), row.data)
-                done.write(json.dumps({"position": row.position, "row": row.row}) + "\n")
-                done.flush()
-                yield row
+        folder = BatchFolder(Path(directory), resource_name("jobs", job))
+        for row in self.download_batch(folder.job, after_position=folder.after, patience=patience):
+            folder.add(row)
+            yield row
         with errors.translated():
-            ended = self._jobs.GetJob(job_pb2.GetJobRequest(name=name)).job
+            ended = self._jobs.GetJob(job_pb2.GetJobRequest(name=folder.job)).job
         if ended.HasField("batch_result"):
-            _write(folder / "manifest.jsonl", self.download_artifact(name, "manifest.jsonl"))
+            folder.finish(self.download_artifact(folder.job, MANIFEST))
 
     def download_artifact(self, job: Any, filename: str) -> bytes:
         """See `mooring.Client`."""
@@ -155,6 +148,24 @@ class AsyncBatching:
                 return
             finally:
                 call.cancel()
+
+    async def save_batch(
+        self, job: Any, directory: str | Path, *, patience: float = 120.0
+    ) -> AsyncIterator[BatchRow]:
+        """Download a batch job into a folder; called again on the same folder it goes on where it was."""
+        folder = await asyncio.to_thread(BatchFolder, Path(directory), resource_name("jobs", job))
+        async for row in self.download_batch(folder.job, after_position=folder.after, patience=patience):
+            await asyncio.to_thread(folder.add, row)
+            yield row
+        with errors.translated():
+            ended = (await self._jobs.GetJob(job_pb2.GetJobRequest(name=folder.job))).job
+        if ended.HasField("batch_result"):
+            manifest = await self.download_artifact(folder.job, MANIFEST)
+            await asyncio.to_thread(folder.finish, manifest)
+
+    async def download_artifact(self, job: Any, filename: str) -> bytes:
+        """See `mooring.aio.Client`."""
+        raise NotImplementedError
 
 
 class RowAssembler:
@@ -209,35 +220,61 @@ def run_messages(
         yield personalization_pb2.RunBatchRequest(chunk=data[start : start + CHUNK_BYTES])
 
 
-def saved_position(folder: Path, name: str) -> int:
-    """The last row of a job that a folder has; 0 for an empty folder.
+class BatchFolder:
+    """A folder that a batch job is downloaded into, and how far that has got.
+
+    Args:
+        path: made if need be.
+        job: the job's full name.
 
     Raises:
-        InvalidArgumentError: it has another job's.
+        InvalidArgumentError: the folder holds another job's images.
     """
-    try:
-        lines = (folder / DONE_FILE).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return 0
-    records: list[dict[str, Any]] = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a download that was killed
-            records.append(json.loads(line))
-    if records and records[0].get("job") != name:
-        message = f"{folder} holds images of {records[0].get('job')}."
-        raise errors.InvalidArgumentError(
-            message, reason="INVALID_FIELD", remedy="Name another folder, or empty it.", fields=[]
-        )
-    return max((int(record.get("position", 0)) for record in records), default=0)
 
+    def __init__(self, path: Path, job: str) -> None:
+        self.job = job
+        self._path, self._record = path, path / DONE_FILE
+        path.mkdir(parents=True, exist_ok=True)
+        records = self._read()
+        if records and records[0].get("job") != job:
+            message = f"{path} holds images of {records[0].get('job')}."
+            raise errors.InvalidArgumentError(
+                message, reason="INVALID_FIELD", remedy="Name another folder, or empty it.", fields=[]
+            )
+        if not records:
+            self._note({"job": job})
+        self.after = max((int(record.get("position", 0)) for record in records), default=0)
 
-def _inside(filename: str) -> Path:
-    """A file's place below the folder, whatever a server calls it."""
-    return Path("images", Path(filename).name)
+    def add(self, row: BatchRow) -> None:
+        """Write a row's image, then note that it is there."""
+        if row.filename:
+            self._write(Path("images", Path(row.filename).name), row.data)  # whatever a server calls it
+        self._note({"position": row.position, "row": row.row})
 
+    def finish(self, manifest: bytes) -> None:
+        """All rows are there."""
+        self._write(Path(MANIFEST), manifest)
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)  # noqa: PTH105 - replaces on every system
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            text = self._record.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return []
+        if not text.endswith("\n"):  # a download that was killed: what follows is a line of its own
+            self._record.write_text(text + "\n", encoding="utf-8")
+        records: list[dict[str, Any]] = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def _note(self, record: dict[str, Any]) -> None:
+        with self._record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _write(self, name: Path, data: bytes) -> None:
+        path = self._path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(data)
+        os.replace(part, path)  # noqa: PTH105 - replaces on every system

@@ -152,6 +152,7 @@ def train(
     drift_budget: float | None = None,
     fixed_strength: float | None = None,
     targets: str = "",
+    framing: str = "",
     request_id: str = "",
     **settings: Any,
 ) -> personalization_pb2.TrainRequest:
@@ -170,6 +171,7 @@ def train(
     config = training_pb2.TrainingConfig(
         method=enum_value(training_pb2.TrainingMethod, method, "config.method"),
         targets=enum_value(training_pb2.TrainingTargets, targets, "config.targets"),
+        framing=enum_value(training_pb2.PhotoFraming, framing, "config.framing"),
         **given(settings),
     )
     if preset:

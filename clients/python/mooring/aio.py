@@ -275,9 +275,11 @@ class Client(AsyncPublishing, AsyncBatching):
 
     # -- adapters -------------------------------------------------------------------------------------------
 
-    async def get_adapter(self, adapter: Any) -> adapter_pb2.Adapter:
+    async def get_adapter(self, adapter: Any, *, show_deleted: bool = False) -> adapter_pb2.Adapter:
         """One adapter version with its certificate; without `@version` the newest."""
-        request = adapter_pb2.GetAdapterRequest(name=resource_name("adapters", adapter))
+        request = adapter_pb2.GetAdapterRequest(
+            name=resource_name("adapters", adapter), show_deleted=show_deleted
+        )
         return (await self._unary(self._adapters.GetAdapter, request)).adapter
 
     def list_adapters(self, *, show_deleted: bool = False) -> AsyncIterator[adapter_pb2.Adapter]:

@@ -210,11 +210,16 @@ class Client(Publishing, Batching):
         rank: int | None = None,
         steps: int | None = None,
         learning_rate: float | None = None,
+        embedding_learning_rate: float | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
         targets: str = "",
         learn_embedding: bool | None = None,
+        framing: str = "",
+        views: int | None = None,
+        flip: bool | None = None,
         prior_images: int | None = None,
+        probe_every: int | None = None,
         checkpoint_every: int | None = None,
         preview_every: int | None = None,
         request_id: str = "",
@@ -230,12 +235,17 @@ class Client(Publishing, Batching):
             fixed_strength: a fixed penalty strength λ, instead of a budget.
             rank: of the factors.
             steps: optimiser steps.
-            learning_rate: of the optimiser.
-            batch_size: photos per step.
+            learning_rate: of the factors, at its peak.
+            embedding_learning_rate: of the placeholder's embedding, relative to the embedding table's RMS.
+            batch_size: photo views per step.
             seed: of everything random.
             targets: adapted layers: "attention" or "attention_ff".
             learn_embedding: whether the placeholder's token embedding is learned too.
+            framing: how a photo becomes a square: "crop" or "letterbox".
+            views: slightly shifted and zoomed variants per photo.
+            flip: whether every second view is mirrored; wrong for whatever carries text.
             prior_images: pictures of the class for "prior_preservation".
+            probe_every: steps between two drift measurements, which steer the penalty strength.
             checkpoint_every: steps between checkpoints.
             preview_every: steps between previews, 0 for none.
             request_id: UUID that makes the call safe to repeat; "" makes a new one.
@@ -248,14 +258,19 @@ class Client(Publishing, Batching):
             drift_budget=drift_budget,
             fixed_strength=fixed_strength,
             targets=targets,
+            framing=framing,
             request_id=request_id,
             rank=rank,
             steps=steps,
             learning_rate=learning_rate,
+            embedding_learning_rate=embedding_learning_rate,
             batch_size=batch_size,
             seed=seed,
             learn_embedding=learn_embedding,
+            views=views,
+            flip=flip,
             prior_images=prior_images,
+            probe_every=probe_every,
             checkpoint_every=checkpoint_every,
             preview_every=preview_every,
         )
@@ -313,7 +328,7 @@ class Client(Publishing, Batching):
         """Jobs, newest first.
 
         Args:
-            kind: "train", "evaluate" or "" for both.
+            kind: "train", "evaluate", "batch" or "" for all.
             state: "pending", "running", "succeeded", "failed", "cancelled" or "" for all.
         """
         return self._pages(self._jobs.ListJobs, _requests.list_jobs(kind=kind, state=state), "jobs")
@@ -493,9 +508,16 @@ class Client(Publishing, Batching):
 
     # -- adapters -------------------------------------------------------------------------------------------
 
-    def get_adapter(self, adapter: Any) -> adapter_pb2.Adapter:
-        """One adapter version with its certificate: "rex@2", "rex@live"; without `@version` the newest."""
-        request = adapter_pb2.GetAdapterRequest(name=resource_name("adapters", adapter))
+    def get_adapter(self, adapter: Any, *, show_deleted: bool = False) -> adapter_pb2.Adapter:
+        """One adapter version with its certificate.
+
+        Args:
+            adapter: "rex@2", "rex@live", name or message; without `@version` the newest.
+            show_deleted: what is left of a deleted version ("rex@2") too; it has a `delete_time`.
+        """
+        request = adapter_pb2.GetAdapterRequest(
+            name=resource_name("adapters", adapter), show_deleted=show_deleted
+        )
         return self._unary(self._adapters.GetAdapter, request).adapter
 
     def list_adapters(self, *, show_deleted: bool = False) -> Iterator[adapter_pb2.Adapter]:

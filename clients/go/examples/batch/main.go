@@ -65,6 +65,9 @@ func run(ctx context.Context) error {
 			fmt.Println(path)
 		}
 	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("standard input: %w", err)
+	}
 	if failed > 0 {
 		return fmt.Errorf("%d lines failed", failed)
 	}
