@@ -14,6 +14,7 @@ MINUTES = {
     "load": "8 min",
     "mixed_batch": "4 min",
     "overhead": "2 min",
+    "soak": "30 min",
     "swap": "3 min",
 }
 """On two idle cores without a GPU."""
