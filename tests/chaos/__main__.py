@@ -21,6 +21,8 @@ published adapter loads with its digest and has the evaluation that let it pass;
 an undisturbed run) or double (one thing per request, however often it was repeated; each row of a batch
 once), no row may refer to nothing, and a collector without any grace may take only what nothing refers to.
 
+SIGTERM and Ctrl-C end a run and all that it started; with `--results` the next one goes on from there.
+
 PostgreSQL's binaries must be on the machine; S3 is moto, behind a proxy that misbehaves. The table's
 columns: how often it broke; how often the work aimed at was under way at that instant; after how many the
 work went on; what was lost, half, double, and rows that refer to nothing; seconds until every interrupted
@@ -31,10 +33,13 @@ that were answered, jobs, claims of jobs claimed before, and objects that the co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 from pathlib import Path
+from types import FrameType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,6 +55,13 @@ def say(line: str) -> None:
     """Print at once: a scenario takes minutes."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def end(number: int, _frame: FrameType | None) -> None:
+    """Unwind: PostgreSQL and the mount end with their context, workers and folders with theirs. Once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
@@ -78,6 +90,8 @@ def main() -> int:
         help="append each row to this file, and do not run again what is in it with the same kills and seed",
     )
     given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
     from . import storm, table
 
@@ -97,14 +111,17 @@ def main() -> int:
     rows = list(done.values())
     for row in rows:
         say(row.line())
-    for name, row in storm.storm(given.kills, given.seed, only=given.only, skip=set(done)):
-        rows.append(row)
-        say(row.line())
-        for problem in row.problems[:10]:
-            say(f"    {problem}")
-        if given.results is not None:
-            with given.results.open("a") as file:
-                file.write(json.dumps({"name": name, "run": run, "row": json.loads(row.dumps())}) + "\n")
+    # closed, so that what it started ends with it, wherever a signal comes
+    with contextlib.closing(storm.storm(given.kills, given.seed, only=given.only, skip=set(done))) as raging:
+        for name, row in raging:
+            rows.append(row)
+            say(row.line())
+            for problem in row.problems[:10]:
+                say(f"    {problem}")
+            if given.results is not None:
+                with given.results.open("a") as file:
+                    entry = {"name": name, "run": run, "row": json.loads(row.dumps())}
+                    file.write(json.dumps(entry) + "\n")
     problems = sum(len(row.problems) for row in rows)
     not_run = sum(bool(row.not_run) for row in rows)
     times = sum(row.times for row in rows)

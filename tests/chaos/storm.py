@@ -362,9 +362,9 @@ class Backends:
     def shared(self, *, proxied: bool = False) -> Iterator[Place]:
         """A place on PostgreSQL and S3."""
         self._number += 1
-        with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as folder:
+        with _folder() as folder:
             yield Place(
-                Path(folder),
+                folder,
                 self.postgres.new_url(),
                 bucket=self.behind[0] if proxied else self.bucket,
                 prefix=f"chaos{self._number}",
@@ -372,11 +372,25 @@ class Backends:
 
 
 @contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder that goes away, and before it, however the scenario ends, every process started meanwhile."""
+    before = multiprocessing.active_children()
+    with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as name:
+        try:
+            yield Path(name)
+        finally:
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.kill()
+                    process.join()
+
+
+@contextlib.contextmanager
 def local(state: Path | None = None) -> Iterator[Place]:
     """A place on SQLite and a folder."""
-    with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as name:
-        state = state or Path(name)
-        yield Place(Path(name), f"sqlite:///{state}/mooring.db", root=str(state / "objects"))
+    with _folder() as folder:
+        state = state or folder
+        yield Place(folder, f"sqlite:///{state}/mooring.db", root=str(state / "objects"))
 
 
 def scenarios(times: int, seed: int, backends: Backends) -> list[Scenario]:
@@ -418,19 +432,13 @@ def scenarios(times: int, seed: int, backends: Backends) -> list[Scenario]:
 
 
 def _kills_of_servers(times: int, seed: int) -> Row:
-    servers: list[BaseProcess] = []
-
     def start(function: Callable[..., None], *arguments: object) -> BaseProcess:
-        servers.append(_context().Process(target=function, args=arguments))
-        servers[-1].start()
-        return servers[-1]
+        server = _context().Process(target=function, args=arguments)
+        server.start()
+        return server
 
-    with tempfile.TemporaryDirectory(prefix="mooring-chaos-") as folder:
-        try:
-            return real.kills(Path(folder), times, seed, start)
-        finally:
-            for server in servers:
-                server.kill()
+    with _folder() as folder:
+        return real.kills(folder, times, seed, start)
 
 
 def _kills_here(times: int, seed: int, name: str, focus: str) -> Row:

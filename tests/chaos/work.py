@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import random
 import resource
@@ -137,8 +138,9 @@ def _run(place: Place, orders: Orders, notes: int) -> None:
     runner.start()
     threading.Thread(target=_collect, args=[store, objects], daemon=True).start()
     callers = Callers(place, store, objects, orders, notes)
-    end, above = time.monotonic() + orders.seconds, os.getppid()
-    while time.monotonic() < end and os.getppid() == above:
+    end, storm = time.monotonic() + orders.seconds, multiprocessing.parent_process()
+    # the storm, not the fork server: that one lives for as long as this process does
+    while time.monotonic() < end and storm.is_alive():
         with contextlib.suppress(MooringError):  # a typed refusal: nothing was acknowledged
             if not callers.ask() and all(state.final for _, state in store.count_jobs()):
                 break
