@@ -215,8 +215,9 @@ class Drawer:
         *,
         klass: TaskClass,
         tenant: str,
+        trace: None,
     ) -> Handle:
-        assert (klass, tenant) == (TaskClass.BATCH, TENANT)
+        assert (klass, tenant, trace) == (TaskClass.BATCH, TENANT, None)
 
         def draw() -> None:
             time.sleep(0.02)

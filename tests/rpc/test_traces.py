@@ -18,6 +18,8 @@ import pytest
 from collector import Collector, attributes_of
 from mooring_server.engine.policy import TaskClass
 from mooring_server.errors import MooringError
+from mooring_server.jobs.batch_job import queue_batch
+from mooring_server.jobs.batch_rows import PinnedAdapter, PinnedRow
 from mooring_server.server import EmbeddedServer
 from mooring_server.telemetry import trace_export, traces
 from opentelemetry import context as contexts
@@ -294,6 +296,72 @@ def test_every_attempt_links_to_the_call_and_a_failed_one_tells_why(traced, coll
     assert attributes_of(span)["mooring.reason"] == "SUBJECT_NOT_FOUND"
     wait_until(lambda: store.get_job("local", unsampled.job_id).state.final)
     assert not [s for s in collector.spans if attributes_of(s).get("mooring.job.id") == unsampled.job_id]
+
+
+def test_each_row_of_a_batch_job_is_a_trace_that_links_to_the_job(client, traced, collector):
+    runtime = traced.server.runtime
+    gone = PinnedAdapter("nobody", 1, "sha256:" + "0" * 64, 1.0)
+    rows = [
+        PinnedRow(number, "", PROMPT, "", (gone,) if number == 2 else (), 3, 1.0, 32, 32, number, "ddim")
+        for number in (1, 2, 3)
+    ]
+    spec = {
+        "base_digest": runtime.base.digest,
+        "rows": len(rows),
+        "sha256": "",
+        "filename": "rows.jsonl",
+        "size_bytes": 0,
+        "adapters": 0,
+    }
+    queued = {
+        flag: queue_batch(
+            runtime.store,
+            runtime.objects,
+            "local",
+            rows,
+            spec,
+            traceparent=f"00-{'5' * 32}-{'6' * 16}-{flag}",
+        )
+        for flag in ("00", "01")
+    }
+    for made in queued.values():
+        wait_until(lambda job=made: runtime.store.get_job("local", job.job_id).state.final)
+    unrecorded, recorded = queued["00"].job_id, queued["01"].job_id
+
+    def ended(every: list[Span]) -> list[Span]:
+        return every if any(span.name == "job batch" for span in of_job(every, recorded)) else []
+
+    def of_job(every: list[Span], job_id: str) -> list[Span]:
+        return [span for span in every if attributes_of(span).get("mooring.job.id") == job_id]
+
+    every = collector.wait_for(ended)
+    assert of_job(every, unrecorded) == []
+    job = one(of_job(every, recorded), "job batch", Span.SPAN_KIND_CONSUMER)
+    drawn = {
+        attributes_of(span)["mooring.row"]: span
+        for span in of_job(every, recorded)
+        if span.name == "batch row"
+    }
+    assert sorted(drawn) == [1, 2, 3]
+    assert len({span.trace_id for span in (job, *drawn.values())}) == 4
+    for span in drawn.values():
+        assert not span.parent_span_id
+        assert [(link.trace_id, link.span_id) for link in span.links] == [(job.trace_id, job.span_id)]
+        assert job.start_time_unix_nano <= span.start_time_unix_nano
+        assert span.end_time_unix_nano <= job.end_time_unix_nano
+    for number in (1, 3):
+        assert attributes_of(drawn[number])["mooring.row.outcome"] == "drawn"
+        stages = {span.name for span in every if under(drawn[number])(span)}
+        assert {"queue", "denoise", "decode", "encode", "store"} <= stages
+        ticks = [
+            span
+            for span in every
+            if span.name == "tick" and drawn[number].span_id in {link.span_id for link in span.links}
+        ]
+        assert len(ticks) == 3
+    told = attributes_of(drawn[2])
+    assert (told["mooring.row.outcome"], told["mooring.reason"]) == ("failed", "ADAPTER_NOT_FOUND")
+    assert drawn[2].status.code == Status.STATUS_CODE_ERROR
 
 
 async def test_the_asyncio_client_is_in_the_trace_too(traced, use, program, collector):

@@ -27,6 +27,7 @@ from mooring_server.engine.adapters import AdapterWeights
 from mooring_server.engine.model import BaseModel
 from mooring_server.engine.policy import TaskClass
 from mooring_server.engine.requests import AdapterUse, GenerationEvent, GenerationRequest, ImageReady
+from mooring_server.engine.timeline import RequestTrace
 from mooring_server.errors import MooringError, Reason, StorageUnavailableError
 from mooring_server.jobs.batch_rows import (
     MANIFEST,
@@ -48,6 +49,7 @@ from mooring_server.storage.database import new_id
 from mooring_server.storage.models import Adapter, Document, DoneRow, Job, JobState
 from mooring_server.storage.objects import ObjectStore, content_key, first_written
 from mooring_server.storage.store import Store
+from mooring_server.telemetry.traces import UNTRACED_ROW, RowSpan
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Drawer(Protocol):
         *,
         klass: TaskClass,
         tenant: str,
+        trace: RequestTrace | None = None,
     ) -> Handle[None]:
         """Make images; see `Engine.generate`."""
 
@@ -86,6 +89,7 @@ class _Drawing:
     images: list[Pixels] = field(default_factory=list)
     handle: Handle[None] | None = None
     verdicts: tuple[Verdict, ...] = ()
+    span: RowSpan = UNTRACED_ROW
 
     def on_event(self, event: GenerationEvent) -> None:
         if isinstance(event, ImageReady):
@@ -198,7 +202,7 @@ class BatchJob:
 
     def submit(self, session: JobSession, drawing: _Drawing) -> None:
         """Hand a row to the engine. Raises what is wrong with it, and QUEUE_FULL."""
-        row, tenant = drawing.row, session.job.tenant
+        row, tenant, began = drawing.row, session.job.tenant, time.time_ns()
         # again, after submission: the policy may have become stricter since
         drawing.verdicts = self.safety.require_prompts(tenant, [("prompt", row.prompt)])
         uses = []
@@ -216,9 +220,12 @@ class BatchJob:
             seed=row.seed,
             sampler=row.sampler,
         )
+        # begun where the engine takes it: a try that finds the queue full leaves no span
+        span = session.span.row(row.row, began)
         drawing.handle = self._engine.generate(
-            request, drawing.on_event, klass=TaskClass.BATCH, tenant=tenant
+            request, drawing.on_event, klass=TaskClass.BATCH, tenant=tenant, trace=span.trace
         )
+        drawing.span = span
 
     @property
     def base_digest(self) -> str:
@@ -259,24 +266,26 @@ class _Run:
                     drawing = self._ended.get(timeout=_AGAIN_SECONDS)
                 except queue.Empty:
                     continue
-                self._drawing.discard(drawing)
                 self._take(drawing)
+                self._drawing.discard(drawing)
                 self._report()
         finally:
             for drawing in self._drawing:
                 if drawing.handle is not None:
                     drawing.handle.cancel()
+                drawing.span.end("put back")
 
     def _fill(self) -> None:
         while self._waiting and len(self._drawing) < WINDOW:
-            drawing = _Drawing(self._waiting.popleft())
+            drawing, began = _Drawing(self._waiting.popleft()), time.time_ns()
             try:
                 self._session.persist(partial(self._work.submit, self._session, drawing))
             except MooringError as error:
                 if error.reason in _NOT_THE_ROWS:  # its turn comes again, or the job is stopped
                     self._waiting.appendleft(drawing.row)
                     return
-                self._record_error(drawing.row, error)
+                drawing.span = self._session.span.row(drawing.row.row, began)
+                self._record_error(drawing, error)
                 self._report()
                 continue
             assert drawing.handle is not None
@@ -295,8 +304,9 @@ class _Run:
         except MooringError as error:
             if error.reason in _NOT_THE_ROWS:
                 self._waiting.appendleft(row)
+                drawing.span.end("put back", error.reason.value)
             else:
-                self._record_error(row, error)
+                self._record_error(drawing, error)
             return
         except Exception as error:
             log.exception("job %s, row %d failed", self._session.job.job_id, row.row)
@@ -305,26 +315,29 @@ class _Run:
                 f"The row met a fault of the server: {type(error).__name__}.",
                 remedy=f"Look for row {row.row} in the server's log.",
             )
-            self._record_error(row, fault)
+            self._record_error(drawing, fault)
             return
         try:
             verdicts = self._work.safety.judge_image(self._session.job.tenant, drawing.images[0])
         except MooringError as error:
-            self._record_error(row, error)
+            self._record_error(drawing, error)
             return
         drawing.verdicts += verdicts
         refused = refusal(verdicts)
         if refused is not None:
-            self._record_error(row, withheld(refused), drawing.verdicts)
+            self._record_error(drawing, withheld(refused), drawing.verdicts)
         else:
-            self._record_image(row, drawing.images[0], drawing.verdicts)
+            self._record_image(drawing)
 
-    def _record_image(self, row: PinnedRow, pixels: Pixels, verdicts: Sequence[Verdict]) -> None:
+    def _record_image(self, drawing: _Drawing) -> None:
+        row, pixels, began = drawing.row, drawing.images[0], time.time_ns()
         origin = Origin(self._work.base_digest, tuple(use.digest for use in row.adapters))
         # A run that is taken up again signs anew: other bytes, the same pixels. The record says which count.
         data = self._work.marker.mark(encode_png(Image.fromarray(pixels)), origin)
+        drawing.span.stage("encode", began)
         sha256 = hashlib.sha256(data).hexdigest()
         key = image_key(self._session.job.job_id, row.row, sha256)
+        began = time.time_ns()
         self._session.persist(lambda: self._session.objects.put(key, data))
         image = {
             "file": filename_of(row.row),
@@ -332,11 +345,14 @@ class _Run:
             "size_bytes": len(data),
             "pixels_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
         }
-        self._record(row, image | _told(verdicts))
+        self._record(row, image | _told(drawing.verdicts))
+        drawing.span.stage("store", began)
+        drawing.span.end("drawn")
 
-    def _record_error(self, row: PinnedRow, error: MooringError, verdicts: Sequence[Verdict] = ()) -> None:
+    def _record_error(self, drawing: _Drawing, error: MooringError, verdicts: Sequence[Verdict] = ()) -> None:
         self._failed += 1
-        self._record(row, {"error": error_document(error)} | _told(verdicts))
+        self._record(drawing.row, {"error": error_document(error)} | _told(verdicts))
+        drawing.span.end("failed", error.reason.value)
 
     def _record(self, row: PinnedRow, outcome: Document) -> None:
         session, job = self._session, self._session.job
