@@ -64,7 +64,8 @@ go: $(STAMP) ## Go client: gofmt, vet, staticcheck, tests with the race detector
 	@if cd clients/go && go list -m >/dev/null 2>&1; then \
 		echo "==> Go client ($$(go env GOVERSION))"; \
 		unformatted="$$(gofmt -l .)"; test -z "$$unformatted" || { echo "gofmt -w: $$unformatted" >&2; exit 1; }; \
-		go vet ./... && "$$(cd ../.. && $(BIN)/python -m tools.protos staticcheck)" ./... || exit 1; \
+		staticcheck="$$(cd ../.. && $(BIN)/python -m tools.protos staticcheck)" || exit 1; \
+		for module in . examples/traced; do (cd $$module && go vet ./... && "$$staticcheck" ./...) || exit 1; done; \
 		race=-race; command -v "$$(go env CC)" >/dev/null || race=; \
 		test "$$race" || { echo "==> no C compiler: without the race detector"; test "$(MOORING_TEST_GO)" != require; } && \
 		go test -count=1 $$race ./...; \

@@ -11,6 +11,7 @@ import (
 	"io"
 	"iter"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,9 +21,11 @@ import (
 	"sync"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"mooring.dev/mooring"
 	"mooring.dev/mooring/mooringv1"
@@ -524,5 +527,48 @@ func TestExamples(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A module of its own, so that the client's users need not have OpenTelemetry's.
+func TestTheTracedExample(t *testing.T) {
+	s, _ := real(t)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent := make(chan []byte, 16)
+	collector := grpc.NewServer(grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {
+		var spans emptypb.Empty // keeps what it does not know
+		if err := stream.RecvMsg(&spans); err != nil {
+			return err
+		}
+		sent <- spans.ProtoReflect().GetUnknown()
+		return stream.SendMsg(&emptypb.Empty{})
+	}))
+	go func() { _ = collector.Serve(listener) }()
+	defer collector.Stop()
+
+	out := t.TempDir()
+	run := exec.CommandContext(
+		t.Context(), "go", "run", "-C", "examples/traced", ".", "-server", s.target, "-out", out, "a dog",
+	)
+	run.Env = append(os.Environ(), "MOORING_API_KEY="+s.key, "MOORING_ROOT_CERTIFICATES="+certs(t).ca,
+		"OTEL_EXPORTER_OTLP_ENDPOINT=http://"+listener.Addr().String())
+	if said, err := run.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, said)
+	}
+	if _, err := os.Stat(filepath.Join(out, "drawn.png")); err != nil {
+		t.Error(err)
+	}
+	close(sent) // the program has ended, and had sent them before
+	var spans []byte
+	for data := range sent {
+		spans = append(spans, data...)
+	}
+	for _, name := range []string{"draw", "mooring.v1.PersonalizationService/Generate"} {
+		if !bytes.Contains(spans, []byte(name)) {
+			t.Errorf("no span %q was sent", name)
+		}
 	}
 }
