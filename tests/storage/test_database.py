@@ -86,6 +86,36 @@ def test_the_shared_clock_is_about_now(database_url: str) -> None:
     store.close()
 
 
+def test_a_replica_that_freezes_in_a_transaction_stops_the_others_for_a_moment_only(postgres, monkeypatch):
+    """It holds the end of the audit log, which every change adds to, and its machine may never come back."""
+    monkeypatch.setattr("mooring_server.storage.database._IDLE_SECONDS", 1)
+    url = postgres.new_url()
+    frozen, other = Store(url), Store(url)
+
+    def thaws() -> None:
+        with frozen.writing() as connection:
+            frozen.audit(connection, "acme", "Freeze", "here")
+            assert other.create_job("acme", "train", {}).tenant == "acme"  # waits for the lock
+            frozen.audit(connection, "acme", "Freeze", "there")
+
+    with pytest.raises(StorageUnavailableError):
+        thaws()
+    assert [entry.method for entry in other.audit_entries()] == ["CreateJob/train"]
+    assert other.verify_audit().intact
+    assert frozen.get_job("acme", other.list_jobs("acme")[0][0].job_id)  # and goes on
+    frozen.close()
+    other.close()
+
+
+def test_what_the_url_says_of_the_network_counts(monkeypatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr("psycopg.connect", lambda *_, **options: given.update(options) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        open_engine("postgresql://somebody@somewhere/else?connect_timeout=3").connect()
+    assert int(given["connect_timeout"]) == 3
+    assert given["keepalives_idle"] == 30
+
+
 @pytest.mark.parametrize("command", [["gc"], ["db", "verify"], ["db", "upgrade"], ["db", "current"]])
 def test_a_database_that_is_away_is_said_to_be_that(tmp_path: Path, command: list[str]) -> None:
     nowhere = f"postgresql://mooring@/mooring?host={tmp_path}"

@@ -42,6 +42,28 @@ def test_a_page_has_a_default_size(store: Store) -> None:
     assert ([job.spec["n"] for job in rest], end) == ([0], "")
 
 
+def test_a_page_of_large_rows_ends_before_it_is_too_large_for_a_message(store: Store) -> None:
+    large = {"prompts": ["x" * 1000] * 900}
+    for number in range(5):
+        store.create_job("acme", "evaluate", {"n": number, **large})
+    found = pages(store.list_jobs, "acme", page_size=1000)
+    assert [[job.spec["n"] for job in page] for page in found] == [[4, 3], [2, 1], [0]]
+    store.create_job(
+        "acme", "evaluate", {"n": 5, "prompts": ["x" * 1000] * 3000}
+    )  # alone too large for a page
+    found = pages(store.list_jobs, "acme", page_size=1000)
+    assert [job.spec["n"] for page in found for job in page] == [5, 4, 3, 2, 1, 0]
+
+
+def test_rights_in_any_script_leave_room_in_a_page_of_subjects_and_adapters(store: Store) -> None:
+    rights = {"basis": "OWNED", "statement": "語" * 1000}
+    for number in range(800):
+        new_subject(store, subject_id=f"s{number}", rights=rights)
+    first, token = store.list_subjects("acme", page_size=1000)
+    assert token
+    assert 400 < len(first) < 800
+
+
 def test_items_added_or_deleted_between_pages_neither_repeat_nor_hide_others(store: Store) -> None:
     for number in range(6):
         new_subject(store, subject_id=f"s{number}")

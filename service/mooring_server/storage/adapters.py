@@ -10,9 +10,12 @@ from sqlalchemy import Connection, Row, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
-from mooring_server.storage.database import insert_row
+from mooring_server.storage.database import insert_row, size_of
 from mooring_server.storage.jobs import Jobs
 from mooring_server.storage.models import Adapter, Document, JobState
+
+_SHOWN_BYTES = 2000
+"""Of names, digests, the certificate's figures and the newest gate decision, about."""
 
 
 class Adapters(Jobs):
@@ -168,8 +171,8 @@ class Adapters(Jobs):
         """
         table = schema.adapters
         signature = ["adapters", tenant, adapter_id, subject_id, *(["deleted"] if show_deleted else [])]
-        size, cursor, next_token = self.page(page_size, page_token, signature)
-        query = select(table).filter_by(tenant=tenant).limit(size + 1).order_by(table.c.number.desc())
+        limit, cursor, close = self.page(page_size, page_token, signature)
+        query = select(table).filter_by(tenant=tenant).limit(limit).order_by(table.c.number.desc())
         if not show_deleted:
             query = query.filter_by(delete_time=None)
         if adapter_id:
@@ -180,8 +183,11 @@ class Adapters(Jobs):
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        adapters = [adapter_of(row) for row in rows[:size]]
-        return adapters, next_token(rows, lambda row: [row.number])
+        # without the certificate, of whose layers lists tell nothing
+        page, token = close(
+            rows, lambda row: [row.number], lambda row: _SHOWN_BYTES + size_of(row.rights, row.summary)
+        )
+        return [adapter_of(row) for row in page], token
 
     def delete_adapter(
         self, tenant: str, adapter_id: str, version: int | None = None, *, alias: str = ""

@@ -30,7 +30,7 @@ from sqlalchemy import (
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
 from mooring_server.storage.adapters import Adapters, adapter_of, alias_not_found
-from mooring_server.storage.database import insert_row, new_id
+from mooring_server.storage.database import insert_row, new_id, size_of
 from mooring_server.storage.jobs import job_of
 from mooring_server.storage.models import (
     Adapter,
@@ -225,18 +225,18 @@ class Aliases(Adapters):
     ) -> tuple[list[Alias], str]:
         """Aliases of one adapter ("": of all) by name, and the next page's token. Raises BAD_PAGE_TOKEN."""
         table, moves = schema.adapter_aliases, schema.alias_moves
-        size, cursor, next_token = self.page(page_size, page_token, ["aliases", tenant, adapter_id])
+        limit, cursor, close = self.page(page_size, page_token, ["aliases", tenant, adapter_id])
         key = table.c.adapter_id, table.c.alias
         query = select(moves).join(table, table.c.move == moves.c.number).where(table.c.tenant == tenant)
-        query = query.order_by(*key).limit(size + 1)
+        query = query.order_by(*key).limit(limit)
         if adapter_id:
             query = query.where(table.c.adapter_id == adapter_id)
         if cursor is not None:
             query = query.where(tuple_(*key) > tuple_(*(literal(part) for part in cursor)))
         with self.reading() as connection:
             rows = connection.execute(query).all()
-            aliases = [self._after(connection, row) for row in rows[:size]]
-        return aliases, next_token(rows, lambda row: [row.adapter_id, row.alias])
+            page, token = close(rows, lambda row: [row.adapter_id, row.alias])
+            return [self._after(connection, row) for row in page], token
 
     def list_alias_moves(
         self, tenant: str, adapter_id: str, *, alias: str = "", page_size: int = 0, page_token: str = ""
@@ -244,15 +244,16 @@ class Aliases(Adapters):
         """What happened to an adapter's aliases (or one of them), newest first. Raises BAD_PAGE_TOKEN."""
         table = schema.alias_moves
         signature = ["alias_moves", tenant, adapter_id, alias]
-        size, cursor, next_token = self.page(page_size, page_token, signature)
+        limit, cursor, close = self.page(page_size, page_token, signature)
         query = select(table).filter_by(tenant=tenant, adapter_id=adapter_id)
         if alias:
             query = query.filter_by(alias=alias)
         if cursor is not None:
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
-            rows = connection.execute(query.order_by(table.c.number.desc()).limit(size + 1)).all()
-        return [_alias_move(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
+            rows = connection.execute(query.order_by(table.c.number.desc()).limit(limit)).all()
+        page, token = close(rows, lambda row: [row.number])
+        return [_alias_move(row) for row in page], token
 
     # -- the gate ------------------------------------------------------------------------------------------
 
@@ -315,8 +316,8 @@ class Aliases(Adapters):
         """
         table = schema.gate_decisions
         signature = ["gate_decisions", tenant, adapter_id, version]
-        size, cursor, next_token = self.page(page_size, page_token, signature)
-        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(size + 1)
+        limit, cursor, close = self.page(page_size, page_token, signature)
+        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(limit)
         if adapter_id:
             query = query.filter_by(adapter_id=adapter_id)
         if version is not None:
@@ -325,7 +326,8 @@ class Aliases(Adapters):
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        return [_decision(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
+        page, token = close(rows, lambda row: [row.number], lambda row: size_of(row.checks, row.policy))
+        return [_decision(row) for row in page], token
 
     def standing(
         self, tenant: str, adapters: Collection[Adapter]

@@ -18,10 +18,10 @@ import sqlite3
 import time
 import unicodedata
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy import (
     Connection,
@@ -37,7 +37,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from mooring_server.errors import FieldViolation, MooringError, Reason, StorageUnavailableError
@@ -49,6 +49,18 @@ log = logging.getLogger(__name__)
 _BUSY_TIMEOUT_SECONDS = 30.0
 _PAGE_KEY = "page_key"
 _OBJECTS_LOCK = 0x4D6F6F73  # PostgreSQL advisory lock
+_IDLE_SECONDS = 30
+"""How long PostgreSQL waits for the next statement of a transaction that writes: between two of them nothing
+slow is done, so whoever lets that much pass is frozen or gone, and its locks stop every other replica."""
+_IDLE_TOO_LONG = "25P03"
+_NETWORK: Mapping[str, int] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
+"""libpq's own defaults wait for hours for a server whose machine lost power."""
 _SQLITE_AWAY = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -59,8 +71,28 @@ _SQLITE_AWAY = {
 }
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
+MAX_PAGE_BYTES = 2 * 2**20
+"""Of the documents of a page's rows, so that it fits into one message of 4 MiB; a page has one row at least."""
 MAX_REQUEST_ID = 128
 """Characters. A UUID has 36; PostgreSQL indexes no key of more than 2,704 bytes."""
+
+
+class ClosePage(Protocol):
+    """Makes a page of the rows that were read for it."""
+
+    def __call__(
+        self,
+        rows: Sequence[Row[Any]],
+        cursor_of: Callable[[Row[Any]], list[Any]],
+        bytes_of: Callable[[Row[Any]], int] = ...,
+    ) -> tuple[Sequence[Row[Any]], str]:
+        """The page's rows and the next page's token ("" at the end).
+
+        Args:
+            rows: one more than the page may have, where there are so many.
+            cursor_of: what the next page begins after.
+            bytes_of: about how much of a message a row takes, where rows may be large.
+        """
 
 
 class Database:
@@ -79,10 +111,6 @@ class Database:
         self._clock = clock
         self._engine = open_engine(url)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
-        snapshot = (
-            {} if self._is_sqlite else {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
-        )
-        self._reader = self._engine.execution_options(**snapshot)
         self._writer = self._engine.execution_options(mooring_writes=True)
         with typed():
             migrate.upgrade(self._engine)
@@ -182,12 +210,12 @@ class Database:
 
     def page(
         self, page_size: int, page_token: str, query: Sequence[Any]
-    ) -> tuple[int, list[Any] | None, Callable[[Sequence[Row[Any]], Callable[[Row[Any]], list[Any]]], str]]:
+    ) -> tuple[int, list[Any] | None, ClosePage]:
         """Check paging arguments.
 
         Returns:
             The number of rows to read (one more than a page, to learn whether another follows), the cursor
-            after which to read (None at the start), and the function that makes the next token.
+            after which to read (None at the start), and the function that makes a page of what was read.
         """
         if page_size < 0:
             raise MooringError(
@@ -199,10 +227,21 @@ class Database:
         size = min(page_size or DEFAULT_PAGE, MAX_PAGE)
         cursor = self._pages.read(page_token, query) if page_token else None
 
-        def next_token(rows: Sequence[Row[Any]], cursor_of: Callable[[Row[Any]], list[Any]]) -> str:
-            return self._pages.make(cursor_of(rows[size - 1]), query) if len(rows) > size else ""
+        def close(
+            rows: Sequence[Row[Any]],
+            cursor_of: Callable[[Row[Any]], list[Any]],
+            bytes_of: Callable[[Row[Any]], int] = lambda _row: 0,
+        ) -> tuple[Sequence[Row[Any]], str]:
+            kept, room = 0, MAX_PAGE_BYTES
+            for row in rows[:size]:
+                room -= bytes_of(row)
+                if kept and room < 0:
+                    break
+                kept += 1
+            more = len(rows) > kept
+            return rows[:kept], self._pages.make(cursor_of(rows[kept - 1]), query) if more else ""
 
-        return size, cursor, next_token
+        return size + 1, cursor, close
 
     def _page_key(self) -> bytes:
         """The key that signs page tokens, the same for all replicas; made by the first one."""
@@ -223,7 +262,9 @@ def typed() -> Iterator[None]:
     """Of what SQLAlchemy raises, a database that is away, busy, full or read-only as STORAGE_UNAVAILABLE."""
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+    except (OperationalError, InterfaceError, InternalError, PoolTimeoutError) as error:
+        if isinstance(error, InternalError) and getattr(error.orig, "sqlstate", None) != _IDLE_TOO_LONG:
+            raise
         code = getattr(getattr(error, "orig", None), "sqlite_errorcode", None)
         if code is not None and code & 0xFF not in _SQLITE_AWAY:
             raise
@@ -258,6 +299,11 @@ def check_text(field: str, value: str, *, limit: int) -> None:
     raise MooringError(Reason.INVALID_FIELD, problem, fields=[FieldViolation(field, problem)])
 
 
+def size_of(*documents: Any) -> int:
+    """Characters of JSON documents: a measure of what their messages take."""
+    return sum(len(json.dumps(document, ensure_ascii=False).encode()) for document in documents)
+
+
 def _canonical(payload: Any) -> bytes:
     return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -289,12 +335,23 @@ def open_engine(url: str) -> Engine:
     parsed = make_url(url)
     dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(
+        engine = create_engine(
             parsed.set(drivername="postgresql+psycopg"),
             json_serializer=dumps,
             pool_pre_ping=True,
             pool_size=10,
+            connect_args={name: value for name, value in _NETWORK.items() if name not in parsed.query},
         )
+
+        @event.listens_for(engine, "begin")
+        def bound(connection: Connection) -> None:
+            if connection.get_execution_options().get("mooring_writes", False):
+                # for this transaction alone: a pooler may give the session to somebody else afterwards
+                connection.exec_driver_sql(
+                    f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'"
+                )
+
+        return engine
     if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
         raise ValueError(f"storage needs sqlite:///<path> or postgresql://…, not {url!r}")
     Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

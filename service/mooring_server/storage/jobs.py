@@ -21,7 +21,7 @@ from sqlalchemy import Connection, Row, and_, func, null, or_, select, update
 
 from mooring_server.errors import MooringError, Reason
 from mooring_server.storage import schema
-from mooring_server.storage.database import insert_row, new_id
+from mooring_server.storage.database import insert_row, new_id, size_of
 from mooring_server.storage.models import FINAL_STATES, Document, Job, JobEvent, JobState, Lease
 from mooring_server.storage.usage import Usage
 
@@ -127,8 +127,8 @@ class Jobs(Usage):
         """
         table = schema.jobs
         signature = ["jobs", tenant, sorted(kinds), sorted(states)]
-        size, cursor, next_token = self.page(page_size, page_token, signature)
-        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(size + 1)
+        limit, cursor, close = self.page(page_size, page_token, signature)
+        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(limit)
         if kinds:
             query = query.where(table.c.kind.in_(sorted(kinds)))
         if states:
@@ -137,7 +137,12 @@ class Jobs(Usage):
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        return [job_of(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
+        page, token = close(
+            rows,
+            lambda row: [row.number],
+            lambda row: size_of(row.spec, row.progress, row.result, row.error),
+        )
+        return [job_of(row) for row in page], token
 
     def request_cancel(self, tenant: str, job_id: str) -> Job:
         """Ask for the job to stop.

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from mooring_server.errors import FieldViolation, MooringError, Reason, StorageUnavailableError
 from mooring_server.storage import schema
-from mooring_server.storage.database import check_text, insert_row, new_id
+from mooring_server.storage.database import check_text, insert_row, new_id, size_of
 from mooring_server.storage.models import Document, NewPhoto, Photo, Subject
 from mooring_server.storage.usage import Usage
 
@@ -100,13 +100,16 @@ class Subjects(Usage):
     ) -> tuple[list[Subject], str]:
         """Subjects, newest first, and the next page's token ("" at the end). Raises BAD_PAGE_TOKEN."""
         table = schema.subjects
-        size, cursor, next_token = self.page(page_size, page_token, ["subjects", tenant])
-        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(size + 1)
+        limit, cursor, close = self.page(page_size, page_token, ["subjects", tenant])
+        query = select(table).filter_by(tenant=tenant).order_by(table.c.number.desc()).limit(limit)
         if cursor is not None:
             query = query.where(table.c.number < cursor[0])
         with self.reading() as connection:
             rows = connection.execute(query).all()
-        return [_subject(row) for row in rows[:size]], next_token(rows, lambda row: [row.number])
+        page, token = close(
+            rows, lambda row: [row.number], lambda row: size_of(row.rights, row.display_name, row.class_noun)
+        )
+        return [_subject(row) for row in page], token
 
     def delete_subject(self, tenant: str, subject_id: str) -> list[str]:
         """Delete the subject with its photos' rows; returns the object keys that nothing refers to any more.
