@@ -126,7 +126,8 @@ def test_what_belongs_to_another_tenant_is_told_apart_from_nothing_by_nothing(
         statements = asked[what] = []
 
         def note(_connection: Any, _cursor: Any, statement: str, *_: Any, into: Any = statements) -> None:
-            if threading.current_thread().name.startswith("asyncio_"):  # not the runner's own looking
+            # not the runner's own looking
+            if threading.current_thread().name.startswith(("mooring-call", "mooring-long")):
                 into.append(statement)
 
         event.listen(engine, "before_cursor_execute", note)
