@@ -124,6 +124,15 @@ def test_a_subject_without_photos_cannot_be_loaded(store, objects, subject) -> N
     assert caught.value.reason is Reason.SUBJECT_HAS_NO_PHOTOS
 
 
+def test_a_photo_that_the_store_has_lost_is_told_by_name(store, objects, subject) -> None:
+    rows, _ = upload(store, objects, jpeg())
+    objects.delete(rows[0].object_key)
+    with pytest.raises(MooringError) as caught:
+        load_photos(store, objects, "acme", "duck")
+    assert caught.value.reason is Reason.OBJECT_DAMAGED
+    assert rows[0].object_key in caught.value.message
+
+
 def test_deleting_removes_row_and_bytes_of_this_subject_only(store, objects, subject) -> None:
     store.create_subject("other", "duck", class_noun="bird", placeholder="<d>", rights={"basis": "OWNED"})
     upload(store, objects, jpeg())

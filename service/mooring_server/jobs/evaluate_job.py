@@ -24,6 +24,7 @@ from mooring_server.jobs.session import JobSession, finite
 from mooring_server.jobs.subjects import load_photos
 from mooring_server.provenance.marks import Marker, Origin
 from mooring_server.storage.models import Adapter, Document, JobState
+from mooring_server.storage.objects import needed
 
 
 class EvaluateJob:
@@ -116,7 +117,7 @@ class EvaluateJob:
             return None, None
         adapter_id, _, version = name.partition("@")
         row = session.store.get_adapter(session.job.tenant, adapter_id, int(version) if version else None)
-        return row, from_safetensors(session.objects.get(row.object_key), self._base)
+        return row, from_safetensors(needed(session.objects, row.object_key), self._base)
 
 
 class _Clock:

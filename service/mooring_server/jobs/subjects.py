@@ -15,7 +15,7 @@ from mooring_server.errors import FieldViolation, MooringError, Reason
 from mooring_server.jobs.photos import CheckedPhoto, decode_photo, encode_png
 from mooring_server.storage.database import new_id
 from mooring_server.storage.models import NewPhoto, Photo
-from mooring_server.storage.objects import ObjectStore, content_key
+from mooring_server.storage.objects import ObjectStore, content_key, needed
 from mooring_server.storage.store import Store
 from mooring_server.storage.subjects import MAX_PHOTOS
 
@@ -173,7 +173,7 @@ def load_photos(
         only: just the photos with these SHA-256; None for all.
 
     Raises:
-        MooringError: SUBJECT_NOT_FOUND or SUBJECT_HAS_NO_PHOTOS.
+        MooringError: SUBJECT_NOT_FOUND, SUBJECT_HAS_NO_PHOTOS, OBJECT_DAMAGED.
     """
     rows = [row for row in store.photos(tenant, subject_id) if only is None or row.sha256 in only]
     if not rows:
@@ -184,7 +184,7 @@ def load_photos(
         )
     images = []
     for row in rows:
-        with Image.open(io.BytesIO(objects.get(row.object_key)), formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(needed(objects, row.object_key)), formats=["PNG"]) as image:
             images.append(image.convert("RGB"))
     return images
 

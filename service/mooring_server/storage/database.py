@@ -72,7 +72,7 @@ _SQLITE_AWAY = {
 DEFAULT_PAGE = 50
 MAX_PAGE = 1000
 MAX_PAGE_BYTES = 2 * 2**20
-"""Of the documents of a page's rows, so that it fits into one message of 4 MiB; a page has one row at least."""
+"""Of a page's documents, so that it fits into one message of 4 MiB; a page has one row at least."""
 MAX_REQUEST_ID = 128
 """Characters. A UUID has 36; PostgreSQL indexes no key of more than 2,704 bytes."""
 

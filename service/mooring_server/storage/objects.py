@@ -97,6 +97,18 @@ def content_key(stem: str, data: bytes, suffix: str) -> str:
     return check_key(f"{stem}.{hashlib.sha256(data).hexdigest()}.{suffix}")
 
 
+def needed(objects: ObjectStore, key: str) -> bytes:
+    """The bytes that a row names. Raises OBJECT_DAMAGED also where there are none."""
+    try:
+        return objects.get(key)
+    except KeyError:
+        raise MooringError(
+            Reason.OBJECT_DAMAGED,
+            f"The stored object {key} is gone.",
+            remedy="Restore it from a backup, unless what it belongs to was deleted just now.",
+        ) from None
+
+
 def first_written(objects: ObjectStore, stem: str) -> bytes | None:
     """What was written first under a `content_key` of that stem; None for nothing that is whole.
 
