@@ -53,6 +53,7 @@ class Quota(BaseModel):
     Attributes:
         requests_per_second: calls in the long run, streams counted once.
         burst: calls at once; by default twice the rate, and at least one.
+        concurrent_calls: calls that run, streams too.
         queue_depth: generations that wait or run.
         concurrent_jobs: jobs that have not ended.
         adapters: adapter versions, with those that unfinished trainings will make.
@@ -64,6 +65,7 @@ class Quota(BaseModel):
 
     requests_per_second: float | None = Field(default=None, gt=0)
     burst: float | None = Field(default=None, ge=1)
+    concurrent_calls: int | None = Field(default=None, ge=1)
     queue_depth: int | None = Field(default=None, ge=0)
     concurrent_jobs: int | None = Field(default=None, ge=0)
     adapters: int | None = Field(default=None, ge=0)

@@ -175,6 +175,7 @@ class MooringError(Exception):
 
 _QUOTA_REMEDIES = {
     "requests_per_second": "Call less often; the answer says when to go on.",
+    "concurrent_calls": "Wait for calls to end, or end streams that are not needed.",
     "queue_depth": "Wait for earlier requests, or send them as one GenerateBatch.",
     "concurrent_jobs": "Wait for a job to end, or cancel one.",
     "adapters": "Delete adapter versions that are not needed.",

@@ -66,7 +66,7 @@ from mooring_server.rpc.jobs import JobServicer
 from mooring_server.rpc.permissions import Permission
 from mooring_server.rpc.personalization import PersonalizationServicer
 from mooring_server.rpc.probes import Probes
-from mooring_server.rpc.quotas import DeviceTime, Quotas
+from mooring_server.rpc.quotas import MAX_CALLS, DeviceTime, Quotas
 from mooring_server.rpc.runtime import Runtime
 from mooring_server.rpc.subjects import SubjectServicer
 from mooring_server.safety.images import ClassifierCheck
@@ -83,7 +83,8 @@ from mooring_server.telemetry.observer import MetricsObserver
 log = logs.get_logger("mooring.server")
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-MAX_CONCURRENT_CALLS = 512
+MAX_CONCURRENT_CALLS = 2 * MAX_CALLS
+"""With probes and callers that are not known yet; beyond it gRPC refuses without a word of ours."""
 _CLOSING_GRACE_SECONDS = 0.5
 _LEAST_FLUSH_SECONDS = 1.0
 _MOST_FLUSH_SECONDS = 5.0

@@ -11,12 +11,15 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mooring.v1 import job_pb2
 from mooring.v1 import personalization_pb2 as pb
 from mooring_server.config import Quota, Role
 from mooring_server.errors import MooringError
+from mooring_server.rpc import quotas as quotas_module
 from mooring_server.rpc.quotas import DAY_SECONDS, DeviceTime, Quotas, TokenBucket
 from mooring_server.server import EmbeddedServer
 from rpc_calls import DEADLINE, Failure, Stubs, failure_of, make_subject, png, publish, read_failure, upload
+from test_access import info
 from test_generate import generate
 
 # -- the bucket ---------------------------------------------------------------------------------------------
@@ -210,6 +213,53 @@ def test_of_two_generations_at_once_one_is_refused_and_a_batch_waits(
     assert runtime.quotas.depth("small") == 0
 
 
+def test_a_tenant_may_not_hold_every_call_of_the_server_with_streams(
+    guarded: EmbeddedServer, keys: dict[tuple[str, Role], str], limited: Callable[..., None]
+) -> None:
+    other, acme = (Stubs(guarded.target, keys[tenant, Role.USER]) for tenant in ("other", "acme"))
+    runtime = guarded.server.runtime
+    job = runtime.store.create_job("other", "elsewhere", {})  # of no kind that a runner takes
+    limited(concurrent_calls=2)
+    request = job_pb2.WatchJobRequest(name=f"tenants/-/jobs/{job.job_id}")
+    watches = [other.jobs.WatchJob(request, timeout=DEADLINE) for _ in range(2)]
+    for watch in watches:
+        assert next(watch).job.state == job_pb2.JOB_STATE_PENDING
+    full = failure_of(lambda: info(other))
+    assert told(full) == {"cause": "concurrent_calls", "limit": "2", "pushback": 1000, "retry": True}
+    assert info(acme)
+    runtime.store.request_cancel("other", job.job_id)
+    for watch in watches:
+        list(watch)
+    assert info(other)
+
+
+def test_the_server_runs_so_many_calls_and_says_so_beyond(
+    guarded: EmbeddedServer, keys: dict[tuple[str, Role], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = Stubs(guarded.target, keys["acme", Role.USER])
+    monkeypatch.setattr(quotas_module, "MAX_CALLS", 1)
+    with guarded.server.runtime.quotas.calling("other"):
+        full = failure_of(lambda: info(acme))
+    assert (full.reason, full.metadata["scope"]) == ("QUEUE_FULL", "server")
+    assert (full.code, full.retry) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+    assert info(acme)
+
+
+def test_calls_that_a_role_is_denied_count_too_and_so_do_not_fill_the_audit_log(
+    guarded: EmbeddedServer, keys: dict[tuple[str, Role], str], limited: Callable[..., None]
+) -> None:
+    other = Stubs(guarded.target, keys["other", Role.READ_ONLY])
+    store = guarded.server.runtime.store
+    limited(requests_per_second=0.001, burst=1)
+    train, before = pb.TrainRequest(), store.audit_head().number
+    reasons = [
+        failure_of(lambda: other.personalization.Train(train, timeout=DEADLINE)).reason for _ in range(3)
+    ]
+    assert reasons == ["NOT_ALLOWED", "QUOTA_EXCEEDED", "QUOTA_EXCEEDED"]
+    written = store.audit_entries(tenant="other", after=before)
+    assert [entry.decision for entry in written] == ["denied"]
+
+
 @pytest.fixture
 def limited(guarded: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Replaces the limits of the tenant "other" on the running server."""
@@ -247,8 +297,6 @@ def test_calls_above_the_rate_are_refused_with_the_time_to_wait(
     for failure in failures:
         assert told(failure)["cause"] == "requests_per_second"
         assert 900_000 < told(failure)["pushback"] <= 1_000_000
-    # a stranger's calls, and those that a role may not make, take nothing from the tenant
-    assert failure_of(lambda: generate(stubs)).code is grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_device_time_is_counted_and_ends_for_the_day(

@@ -59,6 +59,17 @@ def test_of_many_callers_at_once_no_more_get_through_than_there_is_room_for(
         assert error.metadata["limit"] == f"{LIMITS[limit]:g}"
 
 
+def test_nothing_is_trained_while_the_bytes_are_used_up(store: Store) -> None:
+    store.quota_of = lambda _tenant: Quota(stored_bytes=1000)
+    store.create_job("acme", "train", {})
+    publish(store, object_key="adapters/large", size_bytes=1000)
+    with pytest.raises(MooringError, match="stored_bytes"):
+        store.create_job("acme", "train", {})
+    store.create_job("acme", "evaluate", {})  # makes nothing that counts
+    store.delete_adapter("acme", "duck")
+    store.create_job("acme", "train", {})
+
+
 def test_a_repeated_request_is_answered_though_the_limit_is_reached(store: Store) -> None:
     store.quota_of = lambda _tenant: Quota(concurrent_jobs=1)
     job = store.create_job("acme", "evaluate", {}, request_id="r")

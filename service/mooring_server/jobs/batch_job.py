@@ -106,6 +106,7 @@ def queue_batch(
     request_id: str = "",
     traceparent: str | None = None,
     audited: Sequence[Document] = (),
+    asked: Document | None = None,
 ) -> Job:
     """Store the rows, then queue the job that draws them.
 
@@ -118,6 +119,7 @@ def queue_batch(
         request_id: makes the call idempotent.
         traceparent: the calling span, in W3C form.
         audited: what the audit log says of the rows once their job exists; see `Audit.record_all`.
+        asked: see `Jobs.create_job`.
 
     Raises:
         MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED: nothing was stored. STORAGE_UNAVAILABLE.
@@ -135,6 +137,7 @@ def queue_batch(
             job_id=job_id,
             objects=[key],
             traceparent=traceparent,
+            asked=asked,
         )
     except StorageUnavailableError:  # the job may be there: rows that nobody draws are collected as garbage
         raise

@@ -78,13 +78,15 @@ async def receive(
 def _queue(runtime: Runtime, tenant: str, request_id: str, file: IncomingFile) -> Job:
     """Blocking."""
     filename, data = safe_filename(file.header.filename), file.finish()
+    asked = {"filename": filename, "sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    made_before = runtime.store.job_made_before(tenant, "batch", request_id, asked)
+    if made_before is not None:
+        return made_before
     generation.require_device_time(runtime, tenant)
     checker = _Checker(runtime, tenant)
     rows = checker.check(data)
     spec = {
-        "filename": filename,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "size_bytes": len(data),
+        **asked,
         "rows": len(rows),
         "adapters": len({use.name for row in rows for use in row.adapters}),
         "base_digest": runtime.base.digest,
@@ -98,6 +100,7 @@ def _queue(runtime: Runtime, tenant: str, request_id: str, file: IncomingFile) -
         request_id=request_id,
         traceparent=runtime.tracing.traceparent(),
         audited=checker.audited,
+        asked=asked,
     )
 
 

@@ -1,7 +1,9 @@
 """The outermost interceptor: admission, errors, metrics, span and the canonical log line of every call.
 
-A call is admitted in an order that tells a stranger nothing: identity, then the role's permission, then the
-tenant's rate, then whether the server is ready; only then does the handler look anything up.
+A call is admitted in an order that tells a stranger nothing: identity, then the tenant's rate (a refusal by
+role is written to the audit log, which nobody shall fill), then the role's permission, then whether the
+server is ready, then a place among the tenant's running calls and the server's; only then does the handler
+look anything up.
 
 One place on purpose: only here is it known how a call really ended. grpc.aio tells by exceptions alone:
 `AbortError` (an `Exception`; the status is already set on the context), `CancelledError` (the peer left, its
@@ -16,6 +18,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -179,8 +182,11 @@ class EdgeInterceptor(_ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
-    async def _admit(self, call: _Call, context: Context, request_id: str, span: CallSpan) -> None:
-        """Let a call pass or refuse it; see the module for the order."""
+    async def _admit(
+        self, call: _Call, context: Context, request_id: str, span: CallSpan
+    ) -> AbstractContextManager[None]:
+        """Let a call pass or refuse it; see the module for the order. Returns its place among others."""
+        place: AbstractContextManager[None] = nullcontext()
         rule = self._access.rule_of(call.name)
         if rule is None or rule.permission is not Permission.OPEN:
             identity = await self._access.authenticator.identify(context)
@@ -189,6 +195,8 @@ class EdgeInterceptor(_ServerInterceptor):
             )
             span.caller(identity.tenant)
             ACTOR.set(Actor(identity.subject, identity.role.value, call.name, request_id))
+            if not call.quiet:
+                self._access.quotas.take_call(identity.tenant)
             try:
                 allowed = permissions.require(identity.role, rule)
             except MooringError:
@@ -196,9 +204,10 @@ class EdgeInterceptor(_ServerInterceptor):
                 raise
             CALLER.set(Caller(identity, request_id, allowed))
             if not call.quiet:
-                self._access.quotas.take_call(identity.tenant)
+                place = self._access.quotas.calling(identity.tenant)
         if not call.quiet:
             self._gate.require_ready()
+        return place
 
     async def _observe(self, call: _Call, context: Context, run: Callable[[], Awaitable[Any]]) -> Any:
         request_id = _request_id(context)
@@ -214,8 +223,8 @@ class EdgeInterceptor(_ServerInterceptor):
             self._metrics.in_flight.inc()
         try:
             context.set_trailing_metadata((("x-request-id", request_id),))
-            await self._admit(call, context, request_id, span)
-            answer = await run()
+            with await self._admit(call, context, request_id, span):
+                answer = await run()
             code = _set_code(context)
         except asyncio.CancelledError:
             code = _cancel_code(context)

@@ -1,4 +1,4 @@
-"""How much a tenant may ask for: a rate and a queue depth, counted in memory, and device time.
+"""How much a tenant may ask for: a rate, calls and a queue depth, counted in memory, and device time.
 
 Plain objects with clocks and stores that are handed in; no gRPC, no SQL. What is *kept* (adapters, bytes,
 unfinished jobs) is counted by the store in the transaction that adds to it (`storage/usage.py`), because only
@@ -11,7 +11,7 @@ The bucket is the token bucket of RFC 2697's committed rate, filled continuously
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,9 @@ MAX_TENANTS = 10_000
 """Buckets kept; the one unused for longest is forgotten, which gives its tenant a full one again."""
 
 DAY_SECONDS = 86_400.0
+MAX_CALLS = 512
+"""That run in one process, of all tenants."""
+
 QUEUE_RETRY_SECONDS = 1.0
 FLUSH_SECONDS = 5.0
 
@@ -76,7 +79,8 @@ class Quotas:
         self._clock = clock
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
-        self._depths: dict[str, int] = {}
+        self._depths: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
 
     def take_call(self, tenant: str) -> None:
         """Count a call. Raises QUOTA_EXCEEDED, with the time until the next one is allowed."""
@@ -98,28 +102,50 @@ class Quotas:
             raise quota_exceeded("requests_per_second", limit=rate, used=rate, retry_after=wait)
 
     @contextmanager
+    def calling(self, tenant: str) -> Iterator[None]:
+        """Hold a place for a call until it ends.
+
+        Raises:
+            MooringError: QUOTA_EXCEEDED when all of the tenant's are taken; QUEUE_FULL when all are.
+        """
+        limit = self._quota_of(tenant).concurrent_calls
+        with self._place(self._calls, tenant, "concurrent_calls", limit, MAX_CALLS):
+            yield
+
+    @contextmanager
     def queued(self, tenant: str) -> Iterator[None]:
         """Hold a place for one generation that waits or runs. Raises QUOTA_EXCEEDED when all are taken."""
-        limit = self._quota_of(tenant).queue_depth
+        with self._place(self._depths, tenant, "queue_depth", self._quota_of(tenant).queue_depth, None):
+            yield
+
+    @contextmanager
+    def _place(
+        self, taken: Counter[str], tenant: str, cause: str, limit: int | None, of_all: int | None
+    ) -> Iterator[None]:
         with self._lock:
-            depth = self._depths.get(tenant, 0)
-            if limit is not None and depth >= limit:
-                raise quota_exceeded("queue_depth", limit=limit, used=depth, retry_after=QUEUE_RETRY_SECONDS)
-            self._depths[tenant] = depth + 1
+            if limit is not None and taken[tenant] >= limit:
+                raise quota_exceeded(cause, limit=limit, used=taken[tenant], retry_after=QUEUE_RETRY_SECONDS)
+            if of_all is not None and taken.total() >= of_all:
+                raise MooringError(
+                    Reason.QUEUE_FULL,
+                    f"The server runs {of_all} calls already.",
+                    remedy="Repeat later.",
+                    metadata={"cause": cause, "scope": "server", "limit": str(of_all)},
+                    retry_after=QUEUE_RETRY_SECONDS,
+                )
+            taken[tenant] += 1
         try:
             yield
         finally:
             with self._lock:
-                left = self._depths[tenant] - 1
-                if left:
-                    self._depths[tenant] = left
-                else:
-                    del self._depths[tenant]
+                taken[tenant] -= 1
+                if not taken[tenant]:
+                    del taken[tenant]
 
     def depth(self, tenant: str) -> int:
         """Generations of a tenant that wait or run."""
         with self._lock:
-            return self._depths.get(tenant, 0)
+            return self._depths[tenant]
 
 
 class DeviceTime:

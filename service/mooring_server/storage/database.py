@@ -198,8 +198,21 @@ class Database:
         )
         if recorded.first() is not None:
             return None
-        row = connection.execute(select(schema.requests).filter_by(**key)).one()
-        if row.payload_hash != payload_hash:
+        return self.recalled(connection, tenant, rpc, request_id, payload=payload)
+
+    def recalled(
+        self, connection: Connection, tenant: str, rpc: str, request_id: str, *, payload: Any
+    ) -> str | None:
+        """The resource that the same request made before, None when there is none; arguments as above.
+
+        Raises:
+            MooringError: REQUEST_ID_REUSED when the id came with another payload.
+        """
+        key = {"tenant": tenant, "rpc": rpc, "request_id": request_id}
+        row = connection.execute(select(schema.requests).filter_by(**key)).one_or_none()
+        if row is None:
+            return None
+        if row.payload_hash != hashlib.sha256(_canonical(payload)).hexdigest():
             raise MooringError(
                 Reason.REQUEST_ID_REUSED,
                 f"request_id {request_id!r} was already used for another {rpc} request.",

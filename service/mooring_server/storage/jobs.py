@@ -49,6 +49,7 @@ class Jobs(Usage):
         job_id: str = "",
         traceparent: str | None = None,
         objects: Sequence[str] = (),
+        asked: Any = None,
     ) -> Job:
         """Queue a job.
 
@@ -60,19 +61,24 @@ class Jobs(Usage):
             job_id: of `new_id`, where objects that the job needs were stored under it already.
             traceparent: the calling span, in W3C form.
             objects: the keys of those objects.
+            asked: what the caller sent and sends again with a repeated request; None: the spec. It must not
+                hold what the server made of it, such as the version that an alias meant.
 
         Raises:
             MooringError: REQUEST_ID_REUSED, QUOTA_EXCEEDED; STORAGE_UNAVAILABLE also when one of the objects
                 was taken for garbage meanwhile.
         """
         job_id = job_id or new_id()
+        payload = spec if asked is None else asked
         with self.writing() as connection:
             made_before = self.replayed(
-                connection, tenant, f"CreateJob/{kind}", request_id, payload=spec, resource=job_id
+                connection, tenant, f"CreateJob/{kind}", request_id, payload=payload, resource=job_id
             )
             if made_before:
                 return job_of(self._job_row(connection, tenant, made_before))
-            self.require_room(connection, tenant, jobs=1, adapters=int(kind == "train"))
+            # how large an adapter will be is not known yet: a full store takes none
+            training = int(kind == "train")
+            self.require_room(connection, tenant, jobs=1, adapters=training, size_bytes=training)
             if objects:
                 self.require_not_condemned(connection, objects)
             now = self.now(connection)
@@ -98,6 +104,20 @@ class Jobs(Usage):
             self.audit(connection, tenant, f"CreateJob/{kind}", f"jobs/{job_id}")
         self._notify(tenant, job_id)
         return job
+
+    def job_made_before(self, tenant: str, kind: str, request_id: str, asked: Any) -> Job | None:
+        """The job that the same request made before.
+
+        Asked first, because a repeated request is answered whatever became meanwhile of what it names.
+
+        Raises:
+            MooringError: REQUEST_ID_REUSED.
+        """
+        if not request_id:
+            return None
+        with self.reading() as connection:
+            found = self.recalled(connection, tenant, f"CreateJob/{kind}", request_id, payload=asked)
+            return None if found is None else job_of(self._job_row(connection, tenant, found))
 
     def get_job(self, tenant: str, job_id: str) -> Job:
         """The job. Raises JOB_NOT_FOUND."""

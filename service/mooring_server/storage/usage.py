@@ -3,7 +3,8 @@
 A limit on what is kept is only a limit when counting and adding are one step: the count is made inside the
 transaction that adds, which SQLite serialises; on PostgreSQL a lock per tenant does, taken only where there
 is a limit. A trained adapter is counted when its job is queued, so that no training is thrown away at its
-end. Bytes are those of photos as uploaded and of adapter files; previews, checkpoints and evaluations are not
+end; its bytes count once it is there, and no training is queued while they are used up. Bytes are those of
+photos as uploaded and of adapter files; previews, checkpoints, evaluations and pictures of batches are not
 counted.
 """
 
