@@ -893,7 +893,7 @@ func (x *CancelJobRequest) GetName() string {
 // Response of JobService.CancelJob.
 type CancelJobResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// after the request; a running one becomes CANCELLED at its next step.
+	// The job after the request; a running one becomes CANCELLED at its next step.
 	Job           *Job `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1085,12 +1085,12 @@ type isWatchJobResponse_Event interface {
 }
 
 type WatchJobResponse_Progress struct {
-	// got on.
+	// The job got on.
 	Progress *JobProgress `protobuf:"bytes,3,opt,name=progress,proto3,oneof"`
 }
 
 type WatchJobResponse_Job struct {
-	// changed state. The stream ends after a terminal state.
+	// The job changed state. The stream ends after a terminal state.
 	Job *Job `protobuf:"bytes,4,opt,name=job,proto3,oneof"`
 }
 

@@ -474,7 +474,7 @@ class CancelJobResponse(_message.Message):
     JOB_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def job(self) -> Global___Job:
-        """after the request; a running one becomes CANCELLED at its next step."""
+        """The job after the request; a running one becomes CANCELLED at its next step."""
 
     def __init__(
         self,
@@ -537,11 +537,11 @@ class WatchJobResponse(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___JobProgress:
-        """got on."""
+        """The job got on."""
 
     @_builtins.property
     def job(self) -> Global___Job:
-        """changed state. The stream ends after a terminal state."""
+        """The job changed state. The stream ends after a terminal state."""
 
     def __init__(
         self,
