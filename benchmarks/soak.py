@@ -38,7 +38,7 @@ from PIL import Image
 from benchmarks import bases
 from benchmarks.common import Row, parser, show
 from benchmarks.engine_common import random_adapter
-from benchmarks.soak_load import Load
+from benchmarks.soak_load import WORKERS, Load
 
 MINUTES, QUICK_MINUTES = 30.0, 1.0
 EVERY, QUICK_EVERY = 10.0, 1.0
@@ -77,7 +77,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its server ends with it
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory(prefix="mooring-soak-") as folder, _server(Path(folder)) as server:
-        load = _load(server)
+        load = _load(server, options.only)
         load.start()
         begin = time.monotonic()
         try:
@@ -98,10 +98,12 @@ def main() -> None:
     rows.append(Row("calls that failed unasked", failed, 0.0, None, "0", failed == 0))
     rows.append(Row("calls under way after the load", settled, 0.0, None, "0", settled == 0))
     work = sum(load.done.values())
+    mixed = set(options.only) == set(WORKERS)
     done = ", ".join(f"{kind} {count:,}" for kind, count in sorted(load.done.items()))
     show(
-        "soak",
-        f"{samples[-1]['seconds'] / 60:.0f} minutes of mixed load on one server process, "
+        "soak" if mixed else "-".join(["soak", *options.only]),
+        f"{samples[-1]['seconds'] / 60:.0f} minutes of {'mixed load' if mixed else ', '.join(options.only)} "
+        "on one server process, "
         f"sampled every {options.every:g} s",
         rows,
         notes=(
@@ -128,6 +130,9 @@ def _options() -> argparse.Namespace:
         "--minutes", type=float, help=f"of load (default: {MINUTES:g}; quick: {QUICK_MINUTES:g})"
     )
     options.add_argument("--every", type=float, help=f"seconds between samples (default: {EVERY:g})")
+    options.add_argument(
+        "--only", choices=WORKERS, nargs="+", default=[*WORKERS], help="these kinds of work (default: all)"
+    )
     chosen = options.parse_args()
     chosen.minutes = chosen.minutes or (QUICK_MINUTES if chosen.quick else MINUTES)
     chosen.every = chosen.every or (QUICK_EVERY if chosen.quick else EVERY)
@@ -345,11 +350,12 @@ def _tail(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
 
-def _load(server: Process) -> Load:
+def _load(server: Process, kinds: Sequence[str]) -> Load:
     base = bases.load("dinghy")
     photos = [(f"{number}.png", _photo(number)) for number in range(3)]
     factors = export_diffusers(random_adapter(base, 1, 4))[LORA_FILE]
-    return Load(server.target, bases.prompts(base)[:8], photos, factors)
+    workers = {kind: WORKERS[kind] for kind in kinds}
+    return Load(server.target, bases.prompts(base)[:8], photos, factors, workers)
 
 
 def _photo(number: int) -> bytes:

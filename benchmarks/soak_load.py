@@ -26,8 +26,9 @@ from safetensors.numpy import load, save
 ADAPTERS = 24
 """More than the server's slots, so that they are swapped all the time."""
 SUBJECT = "soak"
-PATIENCE = 600.0
-"""Seconds that a job may wait for its turn."""
+RESTS = (1.0, 4.0)
+"""How long a caller rests, as a multiple of what its work took: jobs get what interactive callers leave, and
+without rests, on a slow machine, that is too little for any to end."""
 WORKERS: Mapping[str, int] = {
     "interactive": 2,
     "batch": 1,
@@ -49,6 +50,7 @@ class Load:
         prompts: that the base can read.
         photos: of the subject, as files.
         adapter: a file of factors, as diffusers has it.
+        workers: threads of each kind of work.
         seed: of everything random.
 
     Attributes:
@@ -60,6 +62,7 @@ class Load:
     prompts: Sequence[str]
     photos: Sequence[tuple[str, bytes]]
     adapter: bytes
+    workers: Mapping[str, int] = field(default_factory=lambda: WORKERS)
     seed: int = 1
     done: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
@@ -74,7 +77,7 @@ class Load:
             client.create_subject(SUBJECT, class_noun="dog", rights="owned", photos=self.photos)
             for number in range(ADAPTERS):
                 client.import_adapter(f"a{number}", varied(self.adapter, number), rights="owned")
-        for kind, count in WORKERS.items():
+        for kind, count in self.workers.items():
             for index in range(count):
                 work: Callable[[mooring.Client, random.Random], None] = getattr(self, f"_{kind}")
                 name = f"{kind}-{index}"
@@ -98,9 +101,12 @@ class Load:
         rng = random.Random(f"{self.seed}-{name}")
         with mooring.Client(self.target) as client:
             while not self._stop.is_set():
+                begin = time.monotonic()
                 try:
                     work(client, rng)
                     self.done[kind] += 1
+                    if kind != "jobs":
+                        self._stop.wait(max(0.5, rng.uniform(*RESTS) * (time.monotonic() - begin)))
                 except errors.JobFailedError as error:
                     if not self._stop.is_set():
                         self.failed[f"{kind}: {error.reason or error}"] += 1
@@ -129,21 +135,18 @@ class Load:
 
     def _interactive(self, client: mooring.Client, rng: random.Random) -> None:
         client.images(**self._request(rng), preview_interval=rng.choice([None, 2]))
-        self._stop.wait(rng.uniform(0.0, 0.2))
 
     def _batch(self, client: mooring.Client, rng: random.Random) -> None:
         numbers = itertools.takewhile(lambda _: not self._stop.is_set(), range(12))
         requests = ((f"r{number}", self._request(rng, most=3)) for number in numbers)
         for _ in client.generate_batch(requests):
             pass
-        self._stop.wait(rng.uniform(0.0, 2.0))
 
     def _uploads(self, client: mooring.Client, rng: random.Random) -> None:
         name = f"up-{rng.getrandbits(40):x}"
         client.create_subject(name, class_noun="cat", rights="owned", photos=self.photos)
         list(client.list_subjects())
         client.delete_subject(name)
-        self._stop.wait(rng.uniform(0.5, 1.5))
 
     def _jobs(self, client: mooring.Client, rng: random.Random) -> None:
         name = f"job-{rng.getrandbits(40):x}"
@@ -161,9 +164,9 @@ class Load:
             with contextlib.suppress(errors.FailedPreconditionError):  # it had ended
                 client.cancel_job(train)
             with contextlib.suppress(errors.JobFailedError):
-                client.delete_adapter(client.wait(train, patience=PATIENCE).adapter)
+                client.delete_adapter(client.wait(train).adapter)
             return
-        client.wait(train, patience=PATIENCE)
+        client.wait(train)
         evaluation = client.evaluate(
             name,
             prompts=["a photo of a {}"],
@@ -172,7 +175,7 @@ class Load:
             steps=2,
             class_samples=0,
         )
-        client.wait(evaluation, patience=PATIENCE)
+        client.wait(evaluation)
         client.get_evaluation(evaluation)
         client.delete_adapter(name)
 
@@ -182,7 +185,6 @@ class Load:
         client.images(**{**self._request(rng, most=2), "adapter": name})
         client.export_adapter(name)
         client.delete_adapter(name)
-        self._stop.wait(rng.uniform(0.5, 1.5))
 
     def _leaving(self, client: mooring.Client, rng: random.Random) -> None:
         """Cancels in the middle of a stream."""
@@ -190,7 +192,6 @@ class Load:
         for _, _ in zip(range(rng.randint(1, 4)), events, strict=False):
             pass
         events.close()  # type: ignore[attr-defined]
-        self._stop.wait(rng.uniform(0.5, 2.0))
 
     def _dropping(self, _client: mooring.Client, rng: random.Random) -> None:
         """Breaks a connection with calls on it, one of them an upload that never ends."""
@@ -206,7 +207,6 @@ class Load:
                 relay.cut()  # as a cable does
         relay.cut()  # after its client has said goodbye
         upload.join()
-        self._stop.wait(rng.uniform(1.0, 3.0))
 
 
 class Relay:
