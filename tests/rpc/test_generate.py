@@ -493,6 +493,30 @@ def test_an_id_that_cannot_be_answered_under_ends_the_call(stubs, runtime, monke
     wait_until(lambda: not busy(runtime, TaskClass.BATCH))
 
 
+def test_a_call_that_ends_badly_while_it_is_written_to_ends_all_the_same(stubs, monkeypatch):
+    """gRPC refuses a status beside an unfinished write; the caller would wait until its deadline."""
+    written = threading.Event()
+
+    async def large(*_):
+        written.set()  # more bytes than may be on their way to one who does not read
+        return [media_pb2.ImageChunk(data=bytes(3 * 2**20)) for _ in range(4)]
+
+    def requests():
+        yield item("large")
+        assert written.wait(DEADLINE)
+        time.sleep(0.2)  # so that the write has begun; had it not, nothing would be shown
+        yield item("")
+
+    monkeypatch.setattr(personalization, "_chunks", large)
+    call = stubs.personalization.GenerateBatch(requests(), timeout=DEADLINE)
+    assert written.wait(DEADLINE)
+    time.sleep(0.4)
+    failure = failure_of(lambda: call)
+    assert (failure.code.name, failure.reason, list(failure.fields)) == (
+        "INVALID_ARGUMENT", "INVALID_FIELD", ["id"],
+    )  # fmt: skip
+
+
 def test_an_empty_batch_ends_at_once(stubs):
     assert list(batch(stubs, [])) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -113,7 +113,7 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         async def write(messages: list[pb.GenerateBatchResponse]) -> None:
             async with writing:  # an image's chunks stay together
                 for message in messages:
-                    await context.write(message)
+                    await _whole(context.write(message))
 
         async def answer(request: pb.GenerateBatchRequest) -> None:
             with runtime.tracing.work("batch request") as span:
@@ -153,6 +153,21 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
         with runtime.held.call(tenant) as hold:
             job = await batches.receive(runtime, tenant, request_iterator, hold)
         return pb.RunBatchResponse(job=convert.job(job))
+
+
+async def _whole(writing: Awaitable[None]) -> None:
+    """Write a message to its end even where the task that writes it is cancelled.
+
+    gRPC takes one operation of a kind at a time: with a write still under way, the status that is to end the
+    call would be refused, and its caller would wait until its deadline.
+    """
+    sending = asyncio.ensure_future(writing)
+    try:
+        await asyncio.shield(sending)
+    except asyncio.CancelledError:
+        await asyncio.wait({sending})
+        sending.cancelled() or sending.exception()  # looked at: the call is over either way
+        raise
 
 
 async def _batch_results(
