@@ -71,6 +71,8 @@ class Replica:
     def job_step(self, kind: str, seconds: float) -> None:
         assert seconds >= 0
 
+    def drew(self, steps: int) -> None: ...
+
     def trained(self, drift: float, budget: float) -> None:
         assert budget > 0
 

@@ -79,6 +79,18 @@ def test_the_manifest_lists_all_rows_and_has_the_digest_that_was_told(client, en
     assert image == next(row.data for row in client.download_batch(ended) if row.row == 1)
 
 
+def test_images_and_steps_of_a_batch_job_are_counted(client, runtime):
+    def counted():
+        read = runtime.metrics.registry.get_sample_value
+        return [read("mooring_images_total"), read("mooring_steps_total")]
+
+    before = counted()
+    client.wait(
+        client.run_batch(jsonl({"prompt": TEXT, "steps": 3}, {"prompt": TEXT, "steps": 4, "seed": 1}))
+    )
+    assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 7]
+
+
 def test_a_download_goes_on_where_it_stopped(client, ended, tmp_path):
     whole = list(client.download_batch(ended))
     assert [r.position for r in client.download_batch(ended, after_position=2)] == [3]

@@ -350,6 +350,8 @@ class _Run:
         }
         self._record(row, image | _told(drawing.verdicts))
         drawing.span.stage("store", began)
+        if self._session.observer is not None:
+            self._session.observer.drew(row.steps)
         drawing.span.end("drawn")
 
     def _record_error(self, drawing: _Drawing, error: MooringError, verdicts: Sequence[Verdict] = ()) -> None:

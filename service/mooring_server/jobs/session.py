@@ -72,6 +72,9 @@ class SessionObserver(Protocol):
     def job_step(self, kind: str, seconds: float) -> None:
         """A step of a training took so long; on the engine's thread."""
 
+    def drew(self, steps: int) -> None:
+        """A row of a batch job gave its image in so many steps."""
+
     def trained(self, drift: float, budget: float) -> None:
         """A training with a budget ended with that drift, both as shares of the base's guidance energy."""
 

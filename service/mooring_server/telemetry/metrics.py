@@ -74,7 +74,7 @@ class Metrics:
             "mooring_prompt_cache_queries", "Look-ups of an encoded prompt.", []
         )
         self.prompt_hits = self._counter("mooring_prompt_cache_hits", "Look-ups that found it.", [])
-        self.images = self._counter("mooring_images", "Images drawn and sent.", [])
+        self.images = self._counter("mooring_images", "Images drawn and sent, or stored by a batch job.", [])
         self.mark_seconds = self._histogram(
             "mooring_mark_seconds", "Signing the provenance mark of one image.", _FAST, []
         )

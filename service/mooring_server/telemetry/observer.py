@@ -86,6 +86,11 @@ class MetricsObserver:
         """A step of a training took so long."""
         self._metrics.step_seconds.labels(kind).observe(seconds)
 
+    def drew(self, steps: int) -> None:
+        """A row of a batch job gave its image."""
+        self._metrics.images.inc()
+        self._metrics.steps.inc(steps)
+
     def trained(self, drift: float, budget: float) -> None:
         """A training ended with that drift."""
         self._metrics.trained_drift.observe(drift / budget)
