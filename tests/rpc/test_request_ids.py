@@ -5,10 +5,19 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from mooring.v1 import adapter_pb2, evaluation_pb2, job_pb2, media_pb2, personalization_pb2, subject_pb2
+from mooring.v1 import (
+    adapter_pb2,
+    evaluation_pb2,
+    gate_pb2,
+    job_pb2,
+    media_pb2,
+    personalization_pb2,
+    subject_pb2,
+    training_pb2,
+)
 from mooring_server.errors import MooringError, Reason
 from mooring_server.rpc import names
-from rpc_calls import failure_of
+from rpc_calls import DEADLINE, failure_of, file_messages, make_subject, publish
 
 BAD = "again"
 CALLS = {
@@ -71,3 +80,49 @@ def test_what_is_a_uuid():
         with pytest.raises(MooringError) as refused:
             names.check_request_id(bad)
         assert refused.value.reason is Reason.INVALID_FIELD
+
+
+def test_a_repeated_training_is_answered_though_its_subject_is_gone(stubs):
+    name = make_subject(stubs, "repeated", photos=1)
+    config = training_pb2.TrainingConfig(steps=1)
+    request = personalization_pb2.TrainRequest(subject=name, config=config, request_id=str(uuid.uuid4()))
+    job = stubs.personalization.Train(request, timeout=DEADLINE).job
+    stubs.jobs.CancelJob(job_pb2.CancelJobRequest(name=job.name), timeout=DEADLINE)
+    stubs.subjects.DeleteSubject(subject_pb2.DeleteSubjectRequest(name=name), timeout=DEADLINE)
+    assert stubs.personalization.Train(request, timeout=DEADLINE).job.name == job.name
+    request.config.steps = 2
+    other = failure_of(lambda: stubs.personalization.Train(request, timeout=DEADLINE))
+    assert other.reason == "REQUEST_ID_REUSED"
+
+
+def test_a_repeated_request_is_answered_though_its_alias_has_moved_or_its_adapter_is_gone(stubs, runtime):
+    subject = make_subject(stubs, "moved", photos=1)
+    versions = [publish(runtime, "moved", seed=seed) for seed in (1, 2)]
+    names_ = [f"tenants/-/adapters/{version.name}" for version in versions]
+
+    def point(name: str) -> None:
+        policy = gate_pb2.GatePolicy(mode=gate_pb2.GATE_MODE_OFF)
+        stubs.adapters.UpdateGatePolicy(adapter_pb2.UpdateGatePolicyRequest(policy=policy), timeout=DEADLINE)
+        stubs.adapters.PublishAdapter(adapter_pb2.PublishAdapterRequest(name=name), timeout=DEADLINE)
+
+    def rows(request_id: str):
+        yield personalization_pb2.RunBatchRequest(
+            settings=personalization_pb2.BatchSettings(request_id=request_id)
+        )
+        data = b'{"prompt": "a dog", "adapter": "moved@1", "steps": 1}'
+        for part in file_messages("x.jsonl", data):
+            kind = part.WhichOneof("content")
+            yield personalization_pb2.RunBatchRequest(**{kind: getattr(part, kind)})
+
+    point(names_[0])
+    request = personalization_pb2.EvaluateRequest(
+        adapter="tenants/-/adapters/moved@live", subject=subject, request_id=str(uuid.uuid4())
+    )
+    job = stubs.personalization.Evaluate(request, timeout=DEADLINE).job
+    stubs.jobs.CancelJob(job_pb2.CancelJobRequest(name=job.name), timeout=DEADLINE)
+    batch_id = str(uuid.uuid4())
+    batch = stubs.personalization.RunBatch(rows(batch_id), timeout=DEADLINE).job
+    point(names_[1])
+    stubs.adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=names_[0]), timeout=DEADLINE)
+    assert stubs.personalization.Evaluate(request, timeout=DEADLINE).job.name == job.name
+    assert stubs.personalization.RunBatch(rows(batch_id), timeout=DEADLINE).job.name == batch.name

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import replace
 from typing import TypeVar
 
-from google.protobuf import duration_pb2
+from google.protobuf import duration_pb2, json_format
 from mooring.v1 import media_pb2, personalization_pb2_grpc, training_pb2
 from mooring.v1 import personalization_pb2 as pb
 
@@ -24,7 +24,7 @@ from mooring_server.rpc.edge import Context
 from mooring_server.rpc.generation import Prepared, Stopwatch
 from mooring_server.rpc.runtime import Provide, Runtime, find_adapter, require_no_drain
 from mooring_server.safety.policy import refusal
-from mooring_server.storage.models import Job, Subject
+from mooring_server.storage.models import Document, Job, Subject
 from mooring_server.storage.subjects import MAX_PHOTOS
 from mooring_server.training.config import PRESETS, Method, TrainConfig
 
@@ -242,6 +242,10 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
     """Check everything that can be known before a job starts, then queue it. Blocking."""
     names.check_parent(tenant, request.parent)
     names.check_request_id(request.request_id)
+    asked = _asked(request)
+    made_before = runtime.store.job_made_before(tenant, "train", request.request_id, asked)
+    if made_before is not None:
+        return made_before
     generation.require_device_time(runtime, tenant)
     where = names.resolve_subject(tenant, request.subject, "subject")
     subject = runtime.store.get_subject(where.tenant, where.id)
@@ -269,7 +273,12 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
         )
     spec = {"subject": subject.subject_id, "adapter_id": adapter_id, "config": config.to_json()}
     return runtime.store.create_job(
-        tenant, "train", spec, request_id=request.request_id, traceparent=runtime.tracing.traceparent()
+        tenant,
+        "train",
+        spec,
+        request_id=request.request_id,
+        traceparent=runtime.tracing.traceparent(),
+        asked=asked,
     )
 
 
@@ -277,6 +286,10 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
     """As `_train`. Blocking."""
     names.check_parent(tenant, request.parent)
     names.check_request_id(request.request_id)
+    asked = _asked(request)
+    made_before = runtime.store.job_made_before(tenant, "evaluate", request.request_id, asked)
+    if made_before is not None:
+        return made_before
     generation.require_device_time(runtime, tenant)
     if not runtime.judges_available:
         raise MooringError(
@@ -319,8 +332,8 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         wanted = replace(wanted, prompts=tuple(fitting) or wanted.prompts[:1])
     _within("config", wanted.validate)
     for name in ("prompts", "generic_prompts"):
-        asked = [(f"config.{name}[{index}]", prompt) for index, prompt in enumerate(given.get(name, ()))]
-        runtime.safety.require_prompts(tenant, asked)
+        own = [(f"config.{name}[{index}]", prompt) for index, prompt in enumerate(given.get(name, ()))]
+        runtime.safety.require_prompts(tenant, own)
         for index, prompt in enumerate(getattr(wanted, name)):
             runtime.base.require_prompt_fits(
                 wanted.adapted_prompt(prompt), learned, field=f"config.{name}[{index}]"
@@ -332,8 +345,20 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         "config": {name: document[name] for name in convert.EVALUATION_FIELDS},
     }
     return runtime.store.create_job(
-        tenant, "evaluate", spec, request_id=request.request_id, traceparent=runtime.tracing.traceparent()
+        tenant,
+        "evaluate",
+        spec,
+        request_id=request.request_id,
+        traceparent=runtime.tracing.traceparent(),
+        asked=asked,
     )
+
+
+def _asked(request: pb.TrainRequest | pb.EvaluateRequest) -> Document:
+    """What a repeated request must ask for again."""
+    document: Document = json_format.MessageToDict(request, preserving_proto_field_name=True)
+    document.pop("request_id", None)
+    return document
 
 
 def _cut(runtime: Runtime, prompt: str, learned: LearnedEmbeddings | None) -> str:
