@@ -200,7 +200,8 @@ class Client(threading.Thread):
     def _call(self, call: Callable[[str], Any], op: str, number: int) -> Any:
         """Repeat until answered; then once more, as a client does that did not hear it."""
         request_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{op}-{number}"))
-        deadline = time.monotonic() + PATIENCE
+        # several kills may come before an answer, each followed by the whole start of a server
+        deadline = time.monotonic() + 10 * PATIENCE
         for _ in range(2 if op else 1):
             while True:
                 try:

@@ -40,6 +40,7 @@ def members(session: int) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     ("scenario", "how"),
     [

@@ -28,7 +28,7 @@ from PIL import Image as Picture
 
 from chaos.processes import PATIENCE, Replica
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STREAMS, BATCH = 36, 40
 PROMPT = "a photo of a dog"
 
