@@ -58,6 +58,13 @@ class Targets(StrEnum):
     ATTENTION_FF = "attention_ff"
 
 
+class Framing(StrEnum):
+    """Ways from a photo to a square."""
+
+    CROP = "crop"
+    LETTERBOX = "letterbox"
+
+
 class SamplerName(StrEnum):
     """Samplers."""
 
@@ -110,6 +117,21 @@ def train(
     embedding: Annotated[
         bool | None, typer.Option("--embedding/--no-embedding", help="Learn the placeholder's embedding too.")
     ] = None,
+    framing: Annotated[
+        Framing | None,
+        typer.Option(metavar="HOW", help="How a photo becomes a square: crop (default), letterbox."),
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="Slightly shifted and zoomed variants per photo.")
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Mirror every second view; wrong for whatever carries text."),
+    ] = None,
+    probe_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between two measurements of the drift, which steer λ."),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the job and return at once.")] = False,
     server: ServerOption = "",
     state_dir: StateDirOption = None,
@@ -143,6 +165,10 @@ def train(
             seed=seed,
             targets=targets or "",
             learn_embedding=embedding,
+            framing=framing or "",
+            views=views,
+            flip=flip,
+            probe_every=probe_every,
         )
         if detach:
             _detached(job, as_json=as_json, embedded=not server)

@@ -163,6 +163,19 @@ def test_train_shows_what_the_run_is_steered_by(server: ScriptedServer) -> None:
     )
 
 
+def test_train_takes_how_photos_are_seen_and_how_often_the_drift_is_measured(server: ScriptedServer) -> None:
+    trained(server)
+    answer, seen = server.answers["Train"], []
+    server.answers["Train"] = lambda request, context: seen.append(request) or answer(request, context)
+    options = "--framing letterbox --views 4 --flip --probe-every 20 --detach"
+    assert run(server, "train", "rex", *options.split()).exit_code == 0
+    assert run(server, "train", "rex", "--detach").exit_code == 0
+    config, plain = (request.config for request in seen)
+    assert config.framing == training_pb2.PHOTO_FRAMING_LETTERBOX
+    assert (config.views, config.flip, config.probe_every) == (4, True, 20)
+    assert not any(plain.HasField(name) for name in ("views", "flip", "probe_every"))
+
+
 def test_train_prints_json_for_programs(server: ScriptedServer) -> None:
     trained(server)
     result = run(server, "train", "rex", "--json")

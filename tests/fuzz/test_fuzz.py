@@ -18,7 +18,6 @@ from .calling import ask
 from .campaign import Campaign
 from .site import BY_NAME, METHODS, Resources, Site, embedded, leftovers
 
-pytestmark = pytest.mark.slow
 MESSAGES = 1500
 _HANDLES, _THREADS = 24, 12
 """More than before that may be there: pools that fill up, connections that close in a moment."""
