@@ -57,13 +57,15 @@ class PersonalizationServicer(personalization_pb2_grpc.PersonalizationServiceSer
     async def Train(self, request: pb.TrainRequest, context: Context) -> pb.TrainResponse:
         """See the contract."""
         del context
-        job = await asyncio.to_thread(_train, self._runtime(), caller.tenant(), request)
+        job = await asyncio.to_thread(_queue, self._runtime(), caller.tenant(), "train", request, _train_spec)
         return pb.TrainResponse(job=convert.job(job))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
         """See the contract."""
         del context
-        job = await asyncio.to_thread(_evaluate, self._runtime(), caller.tenant(), request)
+        job = await asyncio.to_thread(
+            _queue, self._runtime(), caller.tenant(), "evaluate", request, _evaluate_spec
+        )
         return pb.EvaluateResponse(job=convert.job(job))
 
     async def Generate(
@@ -238,15 +240,41 @@ def _check_batch_id(value: str, unfinished: set[str]) -> None:
     raise MooringError(Reason.INVALID_FIELD, f"id {problem}.", fields=[FieldViolation("id", problem)])
 
 
-def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
-    """Check everything that can be known before a job starts, then queue it. Blocking."""
+R = TypeVar("R", pb.TrainRequest, pb.EvaluateRequest)
+
+
+def _queue(
+    runtime: Runtime, tenant: str, kind: str, request: R, spec_of: Callable[[Runtime, str, R], Document]
+) -> Job:
+    """Queue the job that a request asks for, once. Blocking.
+
+    Args:
+        runtime: the server's parts.
+        tenant: who asks.
+        kind: of the job.
+        request: what was asked.
+        spec_of: checks everything that can be known before the job starts, and says what it is to do.
+    """
     names.check_parent(tenant, request.parent)
     names.check_request_id(request.request_id)
-    asked = _asked(request)
-    made_before = runtime.store.job_made_before(tenant, "train", request.request_id, asked)
+    # what a repeated request must ask for again
+    asked: Document = json_format.MessageToDict(request, preserving_proto_field_name=True)
+    asked.pop("request_id", None)
+    made_before = runtime.store.job_made_before(tenant, kind, request.request_id, asked)
     if made_before is not None:
         return made_before
     generation.require_device_time(runtime, tenant)
+    return runtime.store.create_job(
+        tenant,
+        kind,
+        spec_of(runtime, tenant, request),
+        request_id=request.request_id,
+        traceparent=runtime.tracing.traceparent(),
+        asked=asked,
+    )
+
+
+def _train_spec(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Document:
     where = names.resolve_subject(tenant, request.subject, "subject")
     subject = runtime.store.get_subject(where.tenant, where.id)
     _require_photos(subject)
@@ -271,26 +299,10 @@ def _train(runtime: Runtime, tenant: str, request: pb.TrainRequest) -> Job:
             remedy="Use ATTENTION, or start the server with MOORING_TARGETS=attention+ff.",
             fields=[FieldViolation("config.targets", problem)],
         )
-    spec = {"subject": subject.subject_id, "adapter_id": adapter_id, "config": config.to_json()}
-    return runtime.store.create_job(
-        tenant,
-        "train",
-        spec,
-        request_id=request.request_id,
-        traceparent=runtime.tracing.traceparent(),
-        asked=asked,
-    )
+    return {"subject": subject.subject_id, "adapter_id": adapter_id, "config": config.to_json()}
 
 
-def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job:
-    """As `_train`. Blocking."""
-    names.check_parent(tenant, request.parent)
-    names.check_request_id(request.request_id)
-    asked = _asked(request)
-    made_before = runtime.store.job_made_before(tenant, "evaluate", request.request_id, asked)
-    if made_before is not None:
-        return made_before
-    generation.require_device_time(runtime, tenant)
+def _evaluate_spec(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Document:
     if not runtime.judges_available:
         raise MooringError(
             Reason.JUDGES_NOT_AVAILABLE,
@@ -332,33 +344,18 @@ def _evaluate(runtime: Runtime, tenant: str, request: pb.EvaluateRequest) -> Job
         wanted = replace(wanted, prompts=tuple(fitting) or wanted.prompts[:1])
     _within("config", wanted.validate)
     for name in ("prompts", "generic_prompts"):
-        own = [(f"config.{name}[{index}]", prompt) for index, prompt in enumerate(given.get(name, ()))]
-        runtime.safety.require_prompts(tenant, own)
+        asked = [(f"config.{name}[{index}]", prompt) for index, prompt in enumerate(given.get(name, ()))]
+        runtime.safety.require_prompts(tenant, asked)
         for index, prompt in enumerate(getattr(wanted, name)):
             runtime.base.require_prompt_fits(
                 wanted.adapted_prompt(prompt), learned, field=f"config.{name}[{index}]"
             )
     document = wanted.to_json()
-    spec = {
+    return {
         "adapter": "" if adapter is None else adapter.name,
         "subject": subject.subject_id,
         "config": {name: document[name] for name in convert.EVALUATION_FIELDS},
     }
-    return runtime.store.create_job(
-        tenant,
-        "evaluate",
-        spec,
-        request_id=request.request_id,
-        traceparent=runtime.tracing.traceparent(),
-        asked=asked,
-    )
-
-
-def _asked(request: pb.TrainRequest | pb.EvaluateRequest) -> Document:
-    """What a repeated request must ask for again."""
-    document: Document = json_format.MessageToDict(request, preserving_proto_field_name=True)
-    document.pop("request_id", None)
-    return document
 
 
 def _cut(runtime: Runtime, prompt: str, learned: LearnedEmbeddings | None) -> str:
