@@ -87,7 +87,7 @@ class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
         del context
         runtime, tenant = self._runtime(), caller.tenant()
         with runtime.held.call(tenant) as hold:
-            wanted, files = await self._receive(runtime, request_iterator, hold)
+            wanted, files = await self._receive(runtime, tenant, request_iterator, hold)
             async with self._importing:
                 record = await runtime.long.run(tenant, _import, runtime, tenant, wanted, files)
         return pb.ImportAdapterResponse(adapter=convert.adapter(record, layers=True))
@@ -95,6 +95,7 @@ class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
     async def _receive(
         self,
         runtime: Runtime,
+        tenant: str,
         messages: AsyncIterator[pb.ImportAdapterRequest],
         hold: Callable[[int], None],
     ) -> tuple[ImportRequest, _IncomingFiles]:
@@ -105,12 +106,12 @@ class AdapterServicer(Publishing, adapter_pb2_grpc.AdapterServiceServicer):
             if kind == "adapter":
                 if wanted is not None:
                     raise _protocol("adapter", "comes once, in the first message")
-                names.check_parent(caller.tenant(), message.adapter.parent, "adapter.parent")
+                names.check_parent(tenant, message.adapter.parent, "adapter.parent")
                 wanted = _wanted(message.adapter)
             elif wanted is None:
                 raise _protocol("adapter", "must be in the first message")
             elif kind == "file":
-                await asyncio.to_thread(files.start, message.file)
+                await runtime.long.run(tenant, files.start, message.file)
             elif kind == "chunk":
                 files.add(message.chunk)
                 hold(files.held_bytes)
