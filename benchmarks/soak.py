@@ -112,7 +112,7 @@ def main() -> None:
             f"flat: growth + noise (3 standard errors) within {GOAL:.0%}, or {HALF_A_THING:g} of a count.",
             f"hidden at most in the {work / 2:,.0f} pieces of work of that half: {hidden(rows, work / 2)}.",
             f"work done: {done}.",
-            "Other programs ran on the machine; nothing here is a timing.",
+            "Nothing here is a timing: other programs may have run on the machine.",
             *(f"failed: {what} ×{count}" for what, count in load.failed.most_common(10)),
         ),
         summary={

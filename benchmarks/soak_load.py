@@ -21,6 +21,7 @@ from typing import Any
 
 import mooring
 from mooring import errors
+from mooring_server.engine.adapters import LORA_FILE
 from safetensors.numpy import load, save
 
 ADAPTERS = 24
@@ -255,7 +256,7 @@ def varied(adapter: bytes, number: int) -> list[tuple[str, bytes]]:
     tensors = {
         key: (values * (1.0 + number / 1000)).astype(values.dtype) for key, values in load(adapter).items()
     }
-    return [("pytorch_lora_weights.safetensors", save(tensors, metadata={"format": "pt"}))]
+    return [(LORA_FILE, save(tensors, metadata={"format": "pt"}))]
 
 
 def _half_upload(client: mooring.Client, photo: tuple[str, bytes]) -> None:

@@ -146,7 +146,12 @@ async def first_of_aio(result: Any) -> None:
     await (anext(result) if hasattr(result, "__anext__") else result)
 
 
-FIELDS = [(name, path) for name, call in CALLS.items() for path in settable(METHODS[name].input_type)]
+FIELDS = [
+    (name, path)
+    for name, call in CALLS.items()
+    for path in settable(METHODS[name].input_type)
+    if call.spelled.get(path[-1], path[-1]) is not None
+]
 
 
 def test_every_call_of_the_contract_is_one_of_the_clients() -> None:
@@ -171,8 +176,7 @@ async def test_every_field_can_be_set(
 ) -> None:
     call, wanted = CALLS[name], METHODS[name].input_type
     argument = call.spelled.get(path[-1], path[-1])
-    if argument is None:
-        return
+    assert argument is not None
     arguments = dict(call.needs)
     arguments.setdefault(argument, sample(descriptor_of(wanted, path)))
     received: list[Message] = []
