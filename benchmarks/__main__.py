@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 MINUTES = {
+    "breakage": "hours",
     "budget": "hours",
     "interference": "3 min",
     "kernels": "5 min",

@@ -11,40 +11,23 @@ decides them, so an interrupted benchmark goes on where it was and two processes
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import statistics
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from mooring_server import dinghy
-from mooring_server.engine.adapters import AdapterWeights, from_safetensors, to_safetensors
-from mooring_server.engine.bank import AdapterBank
-from mooring_server.engine.base import BaseModel, load_base
+from mooring_server.engine.adapters import AdapterWeights
 from mooring_server.evaluation import report
-from mooring_server.evaluation.base_samples import SampleCache
-from mooring_server.evaluation.config import EvaluationConfig
-from mooring_server.evaluation.evaluate import EvaluationCache, evaluate
-from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.probe import DriftFigure
-from mooring_server.evaluation.prompts import PROBE_GENERIC, PromptSets
 from mooring_server.evaluation.result import EvaluationResult
-from mooring_server.training import PRESETS, Method, TrainConfig, train
-from PIL import Image
+from mooring_server.training import PRESETS, Method, TrainConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import ROOT, Row, parser, show
-
-T = TypeVar("T")
-
-SUBJECTS = ("duck", "robot", "rocket", "teapot")
-"""Held-out subjects by default: drawn nowhere in the base's world, different in shape and colour."""
+from benchmarks.common import Row, parser, show
+from benchmarks.kept import SUBJECTS, Bench, Subject, Unfinished, held_out, load_bench, measured, write
 
 TOLERANCE = 0.2
 """The goal: the held-out drift lies within this share of its budget."""
@@ -55,58 +38,13 @@ SETTLED = 20
 Tick = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """The models, loaded once."""
-
-    base: BaseModel
-    bank: AdapterBank
-    judges: Judges
-    cache: EvaluationCache
-    samples: SampleCache
-    folder: Path
-    only_finished: bool
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A held-out subject with its photos in memory."""
-
-    name: str
-    class_noun: str
-    placeholder: str
-    photos: tuple[Image.Image, ...]
-
-
-class Unfinished(Exception):  # noqa: N818 - an answer to --finished, not a fault
-    """A run is not among the kept ones."""
-
-
-class FileCheckpoint:
-    """Training's checkpoint as one file, so that an interrupted benchmark loses no training."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def load(self) -> bytes | None:
-        """The newest checkpoint."""
-        return self.path.read_bytes() if self.path.is_file() else None
-
-    def save(self, data: bytes) -> None:
-        """Replace it atomically."""
-        _write(self.path, data)
-
-    def wanted(self) -> bool:
-        """Nothing asks for one out of turn."""
-        return False
-
-
 def main() -> None:
     """Run the benchmark."""
     options = _options()
     torch.set_num_threads(options.threads)
-    bench = _load(Path(options.base) if options.base else dinghy.base_dir(), only_finished=options.finished)
-    subjects = [_subject(name) for name in options.subjects]
+    directory = Path(options.base) if options.base else dinghy.base_dir()
+    bench = load_bench(directory, only_finished=options.finished)
+    subjects = [held_out(name) for name in options.subjects]
     seeds = range(options.seeds)
     console = Console(stderr=True)
     rows: list[Row] = []
@@ -174,67 +112,20 @@ def _options() -> argparse.Namespace:
     return chosen
 
 
-def _load(directory: Path, *, only_finished: bool) -> Bench:
-    base = load_base(directory)
-    return Bench(
-        base=base,
-        bank=AdapterBank(base, slots=3, rank=TrainConfig().rank),
-        judges=Judges.load(dinghy.clip_dir(), dinghy.dino_dir()),
-        cache=EvaluationCache(),
-        samples=SampleCache(),
-        folder=ROOT / ".cache" / "benchmarks" / "budget",
-        only_finished=only_finished,
-    )
-
-
-def _subject(name: str) -> Subject:
-    known = {subject.name: subject for subject in dinghy.held_out_subjects()}
-    if name not in known:
-        raise SystemExit(f"no held-out subject {name!r}; there are {', '.join(sorted(known))}")
-    found = known[name]
-    photos = tuple(Image.open(path).convert("RGB") for path in found.photos)
-    return Subject(name, found.class_noun, found.placeholder, photos)
-
-
 def _run(bench: Bench, subject: Subject, seed: int, options: argparse.Namespace, tick: Tick) -> Row:
     """Train and evaluate both arms of one subject and seed."""
-    sets = PromptSets.of(
-        [f"{dinghy.photo_prompt('{}')} {place}" for place in _places(quick=options.quick)],
-        dinghy.generic_prompts(48 if options.quick else 2 * PROBE_GENERIC),
-    )
     moored_config = TrainConfig(
         method=Method.SPECTRAL, budget=options.budget, steps=options.steps, seed=seed, preview_every=0
     )
     none_config = TrainConfig(method=Method.NONE, steps=options.steps, seed=seed, preview_every=0)
     found: dict[str, tuple[AdapterWeights, EvaluationResult]] = {}
     history: list[dict[str, float]] = []
-    for arm, train_config in (("none", none_config), ("moored", moored_config)):
-        weights, history = _trained(
-            bench, subject, train_config, sets.steering, partial(tick, f"train {arm}")
-        )
-        evaluation = EvaluationConfig(
-            prompts=sets.scenes,
-            generic_prompts=sets.generic[:8] if options.quick else sets.generic,
-            probe_prompts=sets.held_out,
-            class_noun=subject.class_noun,
-            placeholder=subject.placeholder,
-            steps=8 if options.quick else 25,
-            class_samples=0 if options.quick else 4,
-            probe_points=36 if options.quick else 288,
-            budget=train_config.target_drift,
-        )
-        result = _evaluated(bench, subject, weights, evaluation, partial(tick, f"evaluate {arm}"))
+    for arm, config in (("none", none_config), ("moored", moored_config)):
+        weights, history, result = measured(bench, subject, config, quick=options.quick, tick=tick)
         found[arm] = weights, result
     if options.report:
         _write_report(options.report / f"{subject.name}-{seed}", subject, found)
     return _row(subject, seed, options.budget, found, history)
-
-
-def _places(*, quick: bool) -> Sequence[str]:
-    from mooring_server.dinghy import nouns
-
-    places = [nouns.SCENES[scene] for scene in dinghy.NEW_SCENES]
-    return places[:3] if quick else places
 
 
 def _row(
@@ -293,109 +184,12 @@ def _line(row: Row) -> str:
     return f"{row.name}: drift {row.ours:.4f} = {row.ratio:.2f} × budget; {extras}"
 
 
-# ---------------------------------------------------------------------- finished work, kept
-
-
-def _trained(
-    bench: Bench,
-    subject: Subject,
-    config: TrainConfig,
-    generic: Sequence[str],
-    tick: Callable[[int, int], None],
-) -> tuple[AdapterWeights, list[dict[str, float]]]:
-    key = _key("adapter", bench.base.digest, config.digest, subject, list(generic))
-    file = bench.folder / f"{subject.name}-{config.method}-{config.seed}-{key}.safetensors"
-    history = file.with_suffix(".history.json")
-    if file.is_file():
-        return from_safetensors(file.read_bytes(), bench.base), json.loads(history.read_text())
-    if bench.only_finished:
-        raise Unfinished
-    checkpoint = FileCheckpoint(file.with_suffix(".checkpoint"))
-
-    result = _finish(
-        train(
-            bench.base,
-            bench.bank,
-            subject.photos,
-            config,
-            class_noun=subject.class_noun,
-            placeholder=subject.placeholder,
-            generic_prompts=generic,
-            checkpoint=checkpoint,
-            on_progress=lambda now: tick(now.step, now.steps),
-            samples=bench.samples,
-        )
-    )
-    _write(history, json.dumps(result.history).encode())
-    _write(file, to_safetensors(result.weights))
-    checkpoint.path.unlink(missing_ok=True)
-    return result.weights, result.history
-
-
-def _evaluated(
-    bench: Bench,
-    subject: Subject,
-    weights: AdapterWeights,
-    config: EvaluationConfig,
-    tick: Callable[[int, int], None],
-) -> EvaluationResult:
-    key = _key("evaluation", weights.digest, bench.judges.digest, config.to_json(), subject)
-    file = bench.folder / f"{subject.name}-{key}.json"
-    if file.is_file():
-        return EvaluationResult.from_json(json.loads(file.read_text()))
-    if bench.only_finished:
-        raise Unfinished
-
-    result = _finish(
-        evaluate(
-            bench.base,
-            bench.bank,
-            bench.judges,
-            weights,
-            subject.photos,
-            config,
-            on_progress=lambda now: tick(now.step, now.steps),
-            cache=bench.cache,
-        )
-    )
-    _write(file, json.dumps(result.to_json()).encode())
-    return result
-
-
-def _finish(steps: Generator[None, None, T]) -> T:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-
-def _key(*parts: object) -> str:
-    """Digest of everything that decides a piece of work."""
-    content = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Subject):
-            text = json.dumps([part.name, part.class_noun, part.placeholder])
-            content.update(text.encode() + b"".join(photo.tobytes() for photo in part.photos))
-        else:
-            content.update(json.dumps(part).encode())
-    return content.hexdigest()[:16]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
 def _write_report(
     folder: Path, subject: Subject, found: dict[str, tuple[AdapterWeights, EvaluationResult]]
 ) -> None:
     arms = [(arm, result) for arm, (_, result) in found.items()]
     title = f"{subject.name}: {subject.placeholder} {subject.class_noun}"
-    _write(folder / "report.html", report.render(arms, photos=subject.photos, title=title).encode())
+    write(folder / "report.html", report.render(arms, photos=subject.photos, title=title).encode())
     report.grid(arms, photos=subject.photos).save(folder / "grid.png")
 
 

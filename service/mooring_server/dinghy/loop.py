@@ -112,8 +112,9 @@ class _Maker(torch.utils.data.IterableDataset[Batch]):
         self.make, self.label, self.first, self.preset = make, label, first, preset
 
     def __iter__(self) -> Iterator[Batch]:
-        torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
+        if info is not None:  # without workers this is the process that trains
+            torch.set_num_threads(1)
         step, stride = (self.first, 1) if info is None else (self.first + info.id, info.num_workers)
         tokenizer = text.build_tokenizer(self.preset)
         while True:
