@@ -11,6 +11,7 @@ from mooring_server.dinghy.loop import Plan
 from mooring_server.dinghy.patches import (
     VAE_STD,
     build_vae,
+    channel_weights,
     fit_pca,
     from_features,
     to_features,
@@ -52,6 +53,21 @@ def test_pca_is_orthonormal_and_its_inverse_is_the_best_linear_one():
     error = (restored - features).square().mean()
     total = (features - features.mean((0, 2, 3), keepdim=True)).square().mean()
     assert float(error / total) < 0.05
+
+
+def test_an_error_in_a_channel_costs_its_weight_in_pixels():
+    pixels = _pictures()
+    pca = fit_pca(pixels, 2)
+    weights = channel_weights(build_vae(pca, decoder_blocks=(0, 0, 1), decoder_width=8))
+    latents = pca.encode(to_features(pixels, 2))
+    restored = pca.decode(latents)
+    costs = []
+    for channel in range(12):
+        moved = latents.clone()
+        moved[:, channel] += 0.01
+        costs.append((pca.decode(moved) - restored).square().mean())
+    cost = torch.stack(costs)
+    torch.testing.assert_close(weights, cost / cost.mean(), rtol=1e-3, atol=1e-4)
 
 
 def test_features_are_a_permutation_of_pixels():

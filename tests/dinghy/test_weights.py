@@ -51,6 +51,11 @@ def test_all_weights_are_fp16_safetensors():
     assert not [p for p in dinghy.weights_dir().rglob("*") if p.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
 
 
+def test_no_configuration_says_where_it_was_made():
+    for path in dinghy.weights_dir().rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+
+
 def test_base_loads_as_stable_diffusion_and_draws(pipeline):
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     generator = torch.Generator().manual_seed(1)

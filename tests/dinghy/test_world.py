@@ -73,6 +73,28 @@ def test_the_small_world_names_its_own_nouns_only(sprites):
     assert max(len(world.sample(i).pieces) for i in range(300)) == 1
 
 
+def test_single_objects_lie_as_the_preset_says(sprites):
+    for preset in (SMALL, LARGE):
+        pose, world = preset.pose, World(preset, 1, sprites)
+        places = [
+            s.pieces[0].place for s in map(world.sample, range(600)) if len(s.nouns) == 1 == len(s.pieces)
+        ]
+        assert all(pose.size[0] <= p.size <= pose.size[1] and abs(p.angle) <= pose.angle for p in places)
+        assert all(abs(p.dx) <= pose.dx and pose.dy[0] <= p.dy <= pose.dy[1] for p in places)
+        assert {p.flip for p in places} == ({False, True} if pose.mirrored else {False})
+
+
+def test_two_of_three_named_objects_are_drawn_in_3d(sprites):
+    world = World(SMALL, 1, sprites)
+    styles = [sprites.style[s.pieces[0].sprite] for s in map(world.sample, range(2000)) if s.nouns]
+    assert styles.count("3d") / len(styles) == pytest.approx(2 / 3, abs=0.04)
+
+
+def test_a_sample_takes_the_scene_it_is_asked_for(sprites):
+    world = World(LARGE, 1, sprites)
+    assert {world.sample(i, "snow").scene for i in range(60)} == {"snow"}
+
+
 def test_caption_names_what_is_drawn():
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -18,7 +18,7 @@ Version = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
 Scale = Annotated[float, typer.Option(help="Factor on every planned number of steps.")]
-BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, 48 on a CPU.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, at most 96 on a CPU.")]
 Sheets = Annotated[Path, typer.Option(help="Folder for the sample sheets.")]
 Count = Annotated[int, typer.Option(help="Fresh prompts of one object; 0.8 times as many of two or three.")]
 IMAGES = Path("docs/images")
@@ -67,9 +67,15 @@ def base(
 
 
 @app.command()
-def judges(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
-    """Train dinghy-clip and dinghy-dino and export them into the package data."""
-    _recipe(preset, device, scale, batch).judge()
+def clip(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+    """Train dinghy-clip, from the committed weights if there are any, and export it into the package data."""
+    _recipe(preset, device, scale, batch).clip()
+
+
+@app.command()
+def dino(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+    """Train dinghy-dino and export it into the package data."""
+    _recipe(preset, device, scale, batch).dino()
 
 
 @app.command()

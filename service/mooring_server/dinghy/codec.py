@@ -35,6 +35,16 @@ def load(base: Path) -> Any:
     return getattr(diffusers, name).from_pretrained(base / "vae").eval()
 
 
+def channel_weights(codec: Any) -> Tensor | None:
+    """What an error of one in each channel of the latents costs in pixels, ``[c]``, mean one.
+
+    None for a variational codec, whose channels are not known to differ.
+    """
+    from diffusers import AutoencoderTiny
+
+    return patches.channel_weights(codec) if isinstance(codec, AutoencoderTiny) else None
+
+
 def encode(codec: Any, pixels: Tensor, rng: torch.Generator | None = None) -> Tensor:
     """The UNet's latents (deviation 1) of ``pixels`` ``[B, 3, H, W]`` in [0, 1].
 

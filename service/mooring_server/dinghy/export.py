@@ -57,11 +57,12 @@ def export_base(out: Path, preset: Preset, unet: Any, encoder: Any, vae: Any) ->
         pipeline.save_pretrained(folder, safe_serialization=True)
         _declare_float32(folder / "text_encoder")
         words = sorted(preset.words())
-        path = folder / "vae" / "config.json"
-        config: dict[str, Any] = json.loads(path.read_text())
-        if config["_class_name"] == "AutoencoderTiny":
-            # it derives this entry itself and warns when it reads it back
-            config.pop("block_out_channels", None)
+        for path in (folder / "vae" / "config.json", folder / "unet" / "config.json"):
+            config: dict[str, Any] = json.loads(path.read_text())
+            config.pop("_name_or_path", None)  # where on this machine a part was loaded from
+            if config["_class_name"] == "AutoencoderTiny":
+                # it derives this entry itself and warns when it reads it back
+                config.pop("block_out_channels", None)
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (folder / WORDS_FILE).write_text(json.dumps(words, indent=0) + "\n")
 

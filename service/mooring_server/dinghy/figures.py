@@ -6,7 +6,7 @@ Everything is measured on the shipped directories, with the independent classifi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,18 +137,19 @@ def object_right(ask: Ask, reading: Reading) -> bool:
 
 
 def shares(asks: Sequence[Ask], readings: Sequence[Reading]) -> dict[str, float]:
-    """Shares of objects, scenes and asked tints that the classifier finds right; NaN where none was asked."""
+    """Shares of objects, scenes and asked tints that the classifier finds right; of what was asked for."""
     both = list(zip(asks, readings, strict=True))
-
-    def share(pairs: list[tuple[Ask, Reading]], right: Any) -> float:
-        return sum(bool(right(a, r)) for a, r in pairs) / len(pairs) if pairs else float("nan")
-
+    groups: dict[str, tuple[list[tuple[Ask, Reading]], Callable[[Ask, Reading], bool]]] = {
+        "object": ([p for p in both if p[0].count == 1], object_right),
+        "two objects": ([p for p in both if len(p[0].nouns) == 2], object_right),
+        "count": ([p for p in both if p[0].count > 1 and len(p[0].nouns) == 1], object_right),
+        "scene": (both, lambda a, r: a.scene == r.scene),
+        "tint": ([p for p in both if p[0].tint], lambda a, r: a.tint == r.tint),
+    }
     return {
-        "object": share([p for p in both if p[0].count == 1], object_right),
-        "two objects": share([p for p in both if len(p[0].nouns) == 2], object_right),
-        "count": share([p for p in both if p[0].count > 1 and len(p[0].nouns) == 1], object_right),
-        "scene": share(both, lambda a, r: a.scene == r.scene),
-        "tint": share([p for p in both if p[0].tint], lambda a, r: a.tint == r.tint),
+        name: sum(right(a, r) for a, r in pairs) / len(pairs)
+        for name, (pairs, right) in groups.items()
+        if pairs
     }
 
 
@@ -223,11 +224,11 @@ def measure_base(
         side_by_side(true[count : count + 20], made[count : count + 20]).save(
             out / "dinghy-relations.png", optimize=True
         )
+    failures = out / "dinghy-failures.png"
+    failures.unlink(missing_ok=True)  # of weights that were measured before
     if wrong:
         pick = wrong[:20]
-        side_by_side(true[pick], made[pick], min(10, len(pick))).save(
-            out / "dinghy-failures.png", optimize=True
-        )
+        side_by_side(true[pick], made[pick], min(10, len(pick))).save(failures, optimize=True)
     ruler, single, again_true = bench.ruler, made[:count], true[:count]
     return {
         "prompts": len(asks),

@@ -8,7 +8,7 @@ Neither sees a held-out subject.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from .device import Compute
 from .loop import Batch, Loop, Optimisers, Plan, batches
 from .preset import Preset
 from .render import Renderer
-from .world import Sample, World, world_samples
+from .world import SCENE_KEYS, Sample, World
 
+SAME_SCENE = 32
+"""Pictures of one scene among those that dinghy-clip tells apart."""
 MEAN_STD = [0.5, 0.5, 0.5]
 CLIP_PLAN = Plan(steps=6000, batch=512, muon_lr=0.005, adam_lr=1e-3, average=0.998)
 DINO_PLAN = Plan(steps=6000, batch=384, muon_lr=0.005, adam_lr=1e-3, average=0.998)
@@ -44,6 +46,15 @@ def image_processor(preset: Preset) -> Any:
 def normalise(pixels: Tensor) -> Tensor:
     """Pictures ``[N, 3, px, px]`` in [0, 1] as the judges' input in -1..1."""
     return (pixels - 0.5) / 0.5
+
+
+def _plain_attention(model: Any, compute: Compute) -> Any:
+    """``model`` on its device; on a CPU fused attention's backward pass takes as long as all the rest."""
+    if compute.device.type == "cpu":
+        for part in model.modules():
+            if hasattr(part, "set_attn_implementation"):
+                part.set_attn_implementation("eager")
+    return model.to(compute.device)
 
 
 # -- dinghy-clip -------------------------------------------------------------------------------
@@ -78,10 +89,19 @@ class _Only(nn.Module):
         self.parameter = parameter
 
 
-def clip_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Any, Loop]:
-    """dinghy-clip on its device and its loop, at the checkpoint in ``folder`` if there is one."""
+def clip_loop(
+    folder: Path, preset: Preset, compute: Compute, plan: Plan, committed: Path | None = None
+) -> tuple[Any, Loop]:
+    """dinghy-clip on its device and its loop, at the checkpoint in ``folder`` if there is one.
+
+    Where there is none, it starts from the exported judge in ``committed``.
+    """
+    from transformers import CLIPModel
+
     torch.manual_seed(4)
-    model = build_clip(preset).to(compute.device)
+    exported: Any = CLIPModel
+    known = committed is not None and committed.exists()
+    model = _plain_attention(exported.from_pretrained(committed) if known else build_clip(preset), compute)
     heads = [model.visual_projection, model.text_projection, model.text_model.embeddings]
     optimisers = Optimisers(
         [model.vision_model, model.text_model.encoder],
@@ -92,6 +112,23 @@ def clip_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tup
     return model, Loop(folder, {"model": model}, optimisers, plan)
 
 
+def clip_samples(world: World, size: int) -> Callable[[int], list[Sample]]:
+    """A function from a training step to its samples; every other step's share their scenes in groups.
+
+    Where every picture has a scene of its own, the scene alone tells most captions apart, and what is learnt
+    hardly reads the object.
+    """
+
+    def make(step: int) -> list[Sample]:
+        rng = np.random.default_rng((4, step))
+        scenes = [SCENE_KEYS[int(k)] for k in rng.integers(len(SCENE_KEYS), size=-(-size // SAME_SCENE))]
+        return [
+            world.sample(step * size + i, scenes[i // SAME_SCENE] if step % 2 else "") for i in range(size)
+        ]
+
+    return make
+
+
 def clip_features(model: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors of captions ``[B, 20]`` and pictures ``[B, 3, px, px]``: two ``[B, 128]``."""
     words = model.text_projection(model.text_model(input_ids=ids).pooler_output)
@@ -100,10 +137,15 @@ def clip_features(model: Any, ids: Tensor, pixels: Tensor) -> tuple[Tensor, Tens
 
 
 def train_clip(
-    folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = CLIP_PLAN
+    folder: Path,
+    world: World,
+    renderer: Renderer,
+    compute: Compute,
+    plan: Plan = CLIP_PLAN,
+    committed: Path | None = None,
 ) -> tuple[Any, Loop]:
     """Train (or go on) in ``folder``; returns the averaged model and its loop."""
-    model, loop = clip_loop(folder, world.preset, compute, plan)
+    model, loop = clip_loop(folder, world.preset, compute, plan, committed)
     size = plan.batch
     target = torch.arange(size, device=compute.device)
     itself = torch.eye(size, dtype=torch.bool, device=compute.device)
@@ -119,7 +161,7 @@ def train_clip(
         losses = [nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
         return (losses[0] + losses[1]) / 2
 
-    data = batches(world_samples(world, size), loop.step, compute.workers, preset=world.preset)
+    data = batches(clip_samples(world, size), loop.step, compute.workers, preset=world.preset)
     loop.run(data, loss)
     loop.use_average()
     return model.eval(), loop
@@ -179,7 +221,7 @@ class Distiller(nn.Module):
 def dino_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Distiller, Loop]:
     """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(5)
-    model = Distiller(preset).to(compute.device)
+    model = _plain_attention(Distiller(preset), compute)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 

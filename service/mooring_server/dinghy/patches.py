@@ -134,6 +134,16 @@ def build_vae(pca: Pca, decoder_blocks: tuple[int, ...] = (3, 2, 1), decoder_wid
     return vae
 
 
+def channel_weights(vae: Any) -> Tensor:
+    """Squared error in pixels per squared error in each channel of the latents, ``[k]``, mean one.
+
+    The PCA's basis is orthonormal: a channel's error counts by the square of what ``FLATTEN`` divided it by.
+    """
+    last = [m for m in vae.encoder.modules() if isinstance(m, nn.Conv2d)][-1]
+    weights = last.weight.detach()[:, :, 1, 1].square().sum(1).reciprocal()
+    return weights / weights.mean()
+
+
 # -- training the decoder ----------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ twenty look-alikes?
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,18 @@ def train_lora(
     one: HeldOutSubject,
     bench: Bench,
     *,
-    steps: int = 400,
+    moments: Sequence[int] = (400,),
     rank: int = 8,
     lr: float = 1e-3,
     batch: int = 4,
     targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
     seed: int = 0,
     directory: Path | None = None,
-) -> Any:
-    """An unprotected LoRA and a placeholder embedding on the photos; returns the adapted pipeline."""
+) -> Iterator[tuple[int, Any]]:
+    """An unprotected LoRA and a placeholder embedding on the photos.
+
+    Yields the adapted pipeline (always the same one) after each number of steps in ``moments``.
+    """
     from peft import LoraConfig
 
     device = bench.compute.device
@@ -84,8 +87,8 @@ def train_lora(
     keep = torch.zeros_like(table.weight)
     keep[token] = 1
     generator = torch.Generator().manual_seed(seed)
-    unet.train()
-    for _ in range(steps):
+    for step in range(1, max(moments) + 1):
+        unet.train()
         clean = latents[torch.randint(len(latents), (batch,), generator=generator).to(device)]
         noise = torch.randn(clean.shape, generator=generator).to(device)
         times = torch.randint(0, 1000, (batch,), generator=generator).to(device)
@@ -101,8 +104,9 @@ def train_lora(
         nn.utils.clip_grad_norm_(lora, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    unet.eval()
-    return pipeline
+        if step in moments:
+            unet.eval()
+            yield step, pipeline
 
 
 @torch.no_grad()
@@ -172,9 +176,8 @@ def measure(
         subject_ = subject(name)
         best: tuple[float, Picture] | None = None
         table[name] = {"true": true_share(bench, name)}
-        for steps in moments:
-            pipeline = train_lora(subject_, bench, steps=steps, targets=targets)
-            prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
+        prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
+        for steps, pipeline in train_lora(subject_, bench, moments=moments, targets=targets):
             made = np.concatenate([generate(bench, pipeline, prompts, seed=s) for s in range(3)])
             share = recognised(bench, name, made)
             table[name][str(steps)] = share

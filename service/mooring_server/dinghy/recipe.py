@@ -30,15 +30,16 @@ from .preset import SHIPPED, Preset
 from .render import Renderer
 from .world import World
 
-CPU_BATCH = 48
-"""Large batches buy nothing on a CPU, where a step costs as much as its pictures."""
+CPU_BATCH = 96
+"""On a CPU a step costs as much as its pictures, and the optimiser the same whatever their number."""
 
 
 class Recipe:
     """The steps for one preset on one device; every step goes on from its checkpoint in ``<cache>/<preset>``.
 
     ``scale`` multiplies every plan's steps (a hundredth for a try-out); ``batch`` overrides every plan's.
-    Where there is no checkpoint of the shipped preset's base, training goes on from the committed weights.
+    Where there is no checkpoint of the shipped preset's base or its dinghy-clip, training goes on from the
+    committed weights.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class Recipe:
         """``plan`` at the recipe's scale and batch, with ``changes``."""
         cpu = self.compute.device.type == "cpu"
         batch = self.batch or (min(CPU_BATCH, plan.batch) if cpu else plan.batch)
-        return replace(plan, steps=max(1, round(plan.steps * self.scale)), batch=batch, **changes)
+        steps = max(1, round(plan.steps * self.scale))
+        warmup = max(1, min(plan.warmup_steps, steps // 10))
+        return replace(plan, steps=steps, warmup_steps=warmup, batch=batch, **changes)
 
     def codec(self) -> Any:
         """The committed codec of the shipped preset, else one trained here."""
@@ -83,18 +86,23 @@ class Recipe:
         export_base(base_dir(), self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae)
         self.record("training", base=trainer.loop.figures())
 
-    def judge(self) -> None:
-        """dinghy-clip and dinghy-dino, exported into the package data."""
+    def clip(self) -> None:
+        """dinghy-clip, exported into the package data."""
+        plan = self.plan(judges.CLIP_PLAN)
+        committed = clip_dir() if self._committed() else None
+        model, loop = judges.train_clip(
+            self.runs / "clip", self.world(4), self.renderer, self.compute, plan, committed
+        )
         processor = judges.image_processor(self.preset)
-        clip, clip_loop = judges.train_clip(
-            self.runs / "clip", self.world(4), self.renderer, self.compute, self.plan(judges.CLIP_PLAN)
-        )
-        export_judge(clip_dir(), clip, [text.build_tokenizer(self.preset), processor])
-        dino, dino_loop = judges.train_dino(
-            self.runs / "dino", self.world(5), self.renderer, self.compute, self.plan(judges.DINO_PLAN)
-        )
-        export_judge(dino_dir(), dino, [processor])
-        self.record("training", clip=clip_loop.figures(), dino=dino_loop.figures())
+        export_judge(clip_dir(), model, [text.build_tokenizer(self.preset), processor])
+        self.record("training", clip=loop.figures())
+
+    def dino(self) -> None:
+        """dinghy-dino, exported into the package data."""
+        plan = self.plan(judges.DINO_PLAN)
+        model, loop = judges.train_dino(self.runs / "dino", self.world(5), self.renderer, self.compute, plan)
+        export_judge(dino_dir(), model, [judges.image_processor(self.preset)])
+        self.record("training", dino=loop.figures())
 
     def ruler(self) -> None:
         """The independent classifier, kept in the cache."""
@@ -127,7 +135,7 @@ class Recipe:
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""
         begun = time.monotonic()
-        for step in (self.photos, self.ruler, self.base, self.judge):
+        for step in (self.photos, self.ruler, self.base, self.clip, self.dino):
             step()
             typer.echo(f"{step.__name__} done at {time.monotonic() - begun:.0f} s")
         typer.echo(self.figures(count, out))

@@ -110,10 +110,18 @@ class Trainer:
             self.started = f"checkpoint at step {self.loop.step}"
         self.empty = text.tokens(self.tokenizer, [""]).to(compute.device)
 
-    def loss(self, step: int, latents: Tensor, ids: Tensor, cover: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        step: int,
+        latents: Tensor,
+        ids: Tensor,
+        cover: Tensor | None = None,
+        channels: Tensor | None = None,
+    ) -> Tensor:
         """The weighted v loss of latents ``[B, c, 16, 16]`` (deviation 1) and token ids ``[B, 20]``.
 
-        ``cover`` ``[B, 1, 16, 16]`` is how much of each cell objects cover.
+        ``cover`` ``[B, 1, 16, 16]`` is how much of each cell objects cover; ``channels`` ``[c]`` weighs the
+        latents' channels (mean one), which changes what is learnt first and nothing about the optimum.
         """
         device, size = self.compute.device, len(latents)
         rng = torch.Generator(device).manual_seed(1_000_003 + step)
@@ -132,6 +140,8 @@ class Trainer:
         snr = alpha / (1 - alpha)
         weight = (snr.clamp_max(SNR_GAMMA) / (snr + 1)).clamp_min(WEIGHT_FLOOR)
         error = (predicted.float() - target).square()
+        if channels is not None:
+            error = error * channels[None, :, None, None]
         if cover is not None:
             cells = 1 + (OBJECT_WEIGHT - 1) * min(1.0, self.plan.rate(step)) * cover
             error = error * (cells / cells.mean())
@@ -142,6 +152,7 @@ class Trainer:
     def train(self, world: World, renderer: Renderer, vae: Any) -> None:
         """Run the plan to its end on pictures of ``world``, encoded by the codec ``vae``."""
         device = self.compute.device
+        channels = codec.channel_weights(vae)
 
         def loss(step: int, batch: Batch) -> Tensor:
             rng = torch.Generator(device).manual_seed(7_000_003 + step)
@@ -149,7 +160,7 @@ class Trainer:
             with torch.no_grad(), self.compute.autocast():
                 latents = codec.encode(vae, pixels, rng)
             cover = torch.nn.functional.adaptive_avg_pool2d(cover, LATENT_SIDE)
-            return self.loss(step, latents, batch.ids.to(device, non_blocking=True), cover)
+            return self.loss(step, latents, batch.ids.to(device, non_blocking=True), cover, channels)
 
         samples = world_samples(world, self.plan.batch)
         self.loop.run(batches(samples, self.loop.step, self.compute.workers, preset=world.preset), loss)

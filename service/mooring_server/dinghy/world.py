@@ -26,6 +26,9 @@ VARIANTS = 64
 TRAIN_STYLES = ("3d", "flat")
 """Styles of the named objects; Noto's drawings of them are held out as a style."""
 
+PHOTO_SHARE = 1 / 3
+"""Of the named objects, drawn in 3D for sure; the others in either style. Most prompts ask for a photo."""
+
 SCENE_KEYS = (*nouns.SCENES, *(f"plain-{colour}" for colour in nouns.PLAIN))
 """Every background: the drawn scenes, then the plain colours."""
 
@@ -168,32 +171,39 @@ class World:
         drawn = self._named[noun]
         return _pick([drawn[s] for s in styles if s in drawn], rng)
 
+    def _place(self, rng: Rng) -> Placement:
+        pose = self.preset.pose
+        return Placement(
+            size=_u(rng, *pose.size), angle=_u(rng, -pose.angle, pose.angle), dx=_u(rng, -pose.dx, pose.dx),
+            dy=_u(rng, *pose.dy), flip=pose.mirrored and rng.random() < 0.5,
+        )  # fmt: skip
+
     # -- samples -----------------------------------------------------------------------------
 
-    def sample(self, index: int) -> Sample:
-        """Training sample ``index``."""
+    def sample(self, index: int, scene: str = "") -> Sample:
+        """Training sample ``index``, on the background ``scene`` if one is asked for."""
         rng = np.random.default_rng((self.seed, nouns.WORLD_VERSION, index))
         extra, group, pair = self.preset.shares
         lot = rng.random()
         if lot < extra:
-            return self._extra(rng)
+            return self._extra(rng, scene)
         if lot < extra + group:
-            return self.group(_pick(self._countable, rng), int(rng.integers(2, 4)), self.pick_scene(rng), rng)
+            noun, count = _pick(self._countable, rng), int(rng.integers(2, 4))
+            return self.group(noun, count, scene or self.pick_scene(rng), rng)
         if lot < extra + group + pair:
             left, right = rng.choice(len(self._names), 2, replace=False)
-            return self.pair(self._names[left], self._names[right], self.pick_scene(rng), rng)
+            return self.pair(self._names[left], self._names[right], scene or self.pick_scene(rng), rng)
         tint = _pick(self._tints, rng) if rng.random() < 0.25 else ""
-        return self.named(_pick(self._names, rng), self.pick_scene(rng), tint, rng)
+        styles = ("3d",) if rng.random() < PHOTO_SHARE else TRAIN_STYLES
+        noun = _pick(self._names, rng)
+        return self.named(noun, scene or self.pick_scene(rng), tint, rng, styles=styles)
 
     def named(
         self, noun: str, scene: str, tint: str, rng: Rng, *, styles: tuple[str, ...] = TRAIN_STYLES
     ) -> Sample:
         """A scene with the named object in one of ``styles`` ("noto" is the style no model has seen)."""
         sprite = self.sprite_of(noun, styles, rng)
-        place = Placement(
-            size=_u(rng, 38, 52), angle=_u(rng, -6, 6), dx=_u(rng, -5, 5), dy=_u(rng, -3, 5),
-            flip=rng.random() < 0.5,
-        )  # fmt: skip
+        place = self._place(rng)
         word = self.sprites.hyper[sprite] if not tint and rng.random() < 0.06 else noun
         words = caption(self.preset.one(word, tint), scene, self.sprites.style[sprite], rng)
         return Sample(
@@ -245,7 +255,7 @@ class World:
             self.ground(scene, rng), tuple(pieces), words, (left, right), nouns.NAMED[left][1], count=2
         )
 
-    def _extra(self, rng: Rng) -> Sample:
+    def _extra(self, rng: Rng, scene: str) -> Sample:
         # Half of the extras are drawn by hypernym, so that a small class (clock, bag) is not drowned
         # by a large one (thing), half over all of them.
         group = self._extras[_pick(self._hypers, rng)] if rng.random() < 0.5 else self._all_extras
@@ -262,7 +272,7 @@ class World:
             warp = (float(rng.normal(0, 0.06)), _u(rng, 1.5, 4), _u(rng, 0, 6.3),
                     float(rng.normal(0, 0.06)), _u(rng, 1.5, 4), _u(rng, 0, 6.3))  # fmt: skip
         piece = Piece(sprite, place, tint, (1, 0, 0, 0, 1, 0, 0, 0, 1) if tint else jitter(rng), warp)
-        scene = self.pick_scene(rng)
+        scene = scene or self.pick_scene(rng)
         hyper = self.sprites.hyper[sprite]
         word = "thing" if rng.random() < 0.1 else hyper
         words = caption(self.preset.one(word, tint), scene, self.sprites.style[sprite], rng)
@@ -273,12 +283,9 @@ class World:
         return self.view(self._held[name, style], scene, rng)
 
     def view(self, sprite: int, scene: str, rng: Rng) -> Sample:
-        """Any sprite on ``scene``, as large as a photo's subject, its colours untouched."""
-        place = Placement(
-            size=_u(rng, 38, 50), angle=_u(rng, -8, 8), dx=_u(rng, -5, 5), dy=_u(rng, -3, 5),
-            flip=rng.random() < 0.5,
-        )  # fmt: skip
-        return Sample(self.ground(scene, rng), (Piece(sprite, place),), "", (), self.sprites.hyper[sprite])
+        """Any sprite on ``scene``, lying as named objects do, its colours untouched."""
+        piece = Piece(sprite, self._place(rng))
+        return Sample(self.ground(scene, rng), (piece,), "", (), self.sprites.hyper[sprite])
 
     def object_view(self, sprite: int, rng: Rng) -> Sample:
         """Sprite ``sprite`` somewhere: strong changes of place, size, turn and scene, none of colour."""
