@@ -31,6 +31,8 @@ from benchmarks.kept import SUBJECTS, Unfinished, held_out, load_bench, measured
 
 LONG = 3
 """Times the usual number of steps."""
+ARMS = ("none", "moored", "none long", "moored long")
+"""Trainings that are compared, in the order in which they run."""
 KEPT = 0.95
 """Goal: the share of the base's right objects that a moored model keeps."""
 
@@ -47,6 +49,8 @@ def main() -> None:
     for name in options.subjects:
         for seed in range(options.seeds):
             for arm, config in arms(options.steps, options.budget, seed).items():
+                if arm not in options.arms:
+                    continue
 
                 def tick(what: str, done: int, total: int, label: str = f"{name} seed {seed}") -> None:
                     if done == total:
@@ -58,7 +62,7 @@ def main() -> None:
                     missing += 1
                     continue
                 found.setdefault(arm, []).append(shares(ruler, result, base=False))
-                if arm == "none":
+                if arm == ARMS[0]:
                     found.setdefault("base", []).append(shares(ruler, result, base=True))
     show(
         "breakage",
@@ -83,6 +87,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--budget", type=float, default=PRESETS["balanced"], help="drift budget ρ")
     options.add_argument("--steps", type=int, default=TrainConfig().steps, help="training steps")
     options.add_argument("--threads", type=int, default=1, help="torch threads")
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="trainings to compare")
     options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
     chosen = options.parse_args()
     if chosen.quick:
@@ -92,13 +97,17 @@ def _options() -> argparse.Namespace:
 
 def arms(steps: int, budget: float, seed: int) -> dict[str, TrainConfig]:
     """The trainings that are compared, by name."""
-    return {
-        f"{name}{' long' if times > 1 else ''}": TrainConfig(
-            method=method, budget=rho, steps=times * steps, seed=seed, preview_every=0
+    found = {}
+    for arm in ARMS:
+        moored = arm.startswith("moored")
+        found[arm] = TrainConfig(
+            method=Method.SPECTRAL if moored else Method.NONE,
+            budget=budget if moored else None,
+            steps=steps * (LONG if arm.endswith("long") else 1),
+            seed=seed,
+            preview_every=0,
         )
-        for times in (1, LONG)
-        for name, method, rho in (("none", Method.NONE, None), ("moored", Method.SPECTRAL, budget))
-    }
+    return found
 
 
 def scene_of(prompt: str) -> str:
@@ -136,7 +145,7 @@ def rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
         return statistics.mean(run[name] for run in found[arm])
 
     out = []
-    for arm in ("base", "none", "none long", "moored", "moored long"):
+    for arm in ("base", *ARMS):
         if arm not in found or "base" not in found:
             continue
         ours, peer = mean(arm, "object"), mean("base", "object")

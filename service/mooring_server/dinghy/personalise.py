@@ -8,11 +8,13 @@ twenty look-alikes?
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from torch import Tensor, nn
 
@@ -116,20 +118,29 @@ def _features(bench: Bench, pictures: Picture) -> Tensor:
     return found.float()
 
 
-def look_alikes(bench: Bench, name: str, count: int = LOOK_ALIKES) -> list[int]:
-    """The subject's own sprite, then the ``count`` - 1 other sprites nearest to it for the encoder.
+@dataclass(frozen=True)
+class Pool:
+    """Every 3D sprite and its mean feature over the same six new scenes: what a subject can be mistaken for.
 
-    Near means near in the mean feature over the same six new scenes.
+    ``means`` is ``[len(sprites), 256]``.
     """
-    world = bench.world
-    own = world.sprites.where("held", ("3d",), name)[0]
-    pool = [own, *world.sprites.where("named", ("3d",)), *world.sprites.where("extra", ("3d",)),
-            *(i for i in world.sprites.where("held", ("3d",)) if i != own)]  # fmt: skip
-    means = torch.stack([_mean_feature(bench, sprite, 6) for sprite in pool])
-    means = nn.functional.normalize(means - means.mean(0), dim=-1)
-    order = (means @ means[0]).argsort(descending=True).tolist()
-    nearest = [pool[k] for k in order if pool[k] != own][: count - 1]
-    return [own, *nearest]
+
+    sprites: list[int]
+    means: Tensor
+
+    @staticmethod
+    def of(bench: Bench) -> Pool:
+        """The pool of a world; some thousand pictures are drawn and read."""
+        every = bench.world.sprites
+        found = [i for role in ("named", "extra", "held") for i in every.where(role, ("3d",))]
+        return Pool(found, torch.stack([_mean_feature(bench, sprite, 6) for sprite in found]))
+
+    def look_alikes(self, own: int, count: int = LOOK_ALIKES) -> list[int]:
+        """Sprite ``own``, then the ``count`` - 1 others nearest to it for the encoder."""
+        unit = nn.functional.normalize(self.means - self.means.mean(0), dim=-1)
+        order = (unit @ unit[self.sprites.index(own)]).argsort(descending=True).tolist()
+        nearest = [self.sprites[k] for k in order if self.sprites[k] != own]
+        return [own, *nearest[: count - 1]]
 
 
 def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
@@ -140,22 +151,28 @@ def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
     return _features(bench, bench.renderer.pictures(views)).mean(0)
 
 
-def recognised(bench: Bench, name: str, pictures: Picture) -> float:
-    """Share of ``pictures`` of the subject whose nearest of the twenty look-alikes is the subject itself."""
-    candidates = torch.stack([_mean_feature(bench, s, 24) for s in look_alikes(bench, name)])
-    centre = candidates.mean(0)
-    unit = nn.functional.normalize(candidates - centre, dim=-1)
-    found = nn.functional.normalize(_features(bench, pictures) - centre, dim=-1)
-    return float(((found @ unit.T).argmax(1) == 0).float().mean())
+class LineUp:
+    """Twenty look-alikes, the subject among them, that pictures are told apart by."""
+
+    def __init__(self, bench: Bench, name: str, pool: Pool) -> None:
+        own = bench.world.sprites.where("held", ("3d",), name)[0]
+        candidates = torch.stack([_mean_feature(bench, s, 24) for s in pool.look_alikes(own)])
+        self.bench, self.centre = bench, candidates.mean(0)
+        self.unit = nn.functional.normalize(candidates - self.centre, dim=-1)
+
+    def recognised(self, pictures: Picture) -> float:
+        """Share of ``pictures`` whose nearest look-alike is the subject itself."""
+        found = nn.functional.normalize(_features(self.bench, pictures) - self.centre, dim=-1)
+        return float(((found @ self.unit.T).argmax(1) == 0).float().mean())
 
 
-def true_share(bench: Bench, name: str, count: int = 48) -> float:
-    """What :func:`recognised` gives for true pictures of the subject: the ruler's own accuracy."""
+def true_pictures(bench: Bench, name: str, count: int = 48) -> Picture:
+    """True pictures of the subject in new scenes: what they read is the encoder's own accuracy."""
     samples = [
         bench.world.subject(name, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((19, k)))
         for k in range(count)
     ]
-    return recognised(bench, name, bench.renderer.pictures(samples))
+    return bench.renderer.pictures(samples)
 
 
 def measure(
@@ -172,18 +189,19 @@ def measure(
     """
     rows: list[Picture] = []
     table: dict[str, dict[str, float]] = {}
+    pool = Pool.of(bench)
     for name in names:
-        subject_ = subject(name)
+        subject_, line_up = subject(name), LineUp(bench, name, pool)
+        table[name] = {"true": line_up.recognised(true_pictures(bench, name))}
         best: tuple[float, Picture] | None = None
-        table[name] = {"true": true_share(bench, name)}
         prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
         for steps, pipeline in train_lora(subject_, bench, moments=moments, targets=targets):
             made = np.concatenate([generate(bench, pipeline, prompts, seed=s) for s in range(3)])
-            share = recognised(bench, name, made)
-            table[name][str(steps)] = share
+            table[name][str(steps)] = share = line_up.recognised(made)
             if best is None or share > best[0]:
                 best = (share, made)
         assert best is not None
+        typer.echo(f"{name}: {table[name]}", err=True)
         rows += [photo_array(subject_, bench.preset.px)[:10], best[1][:10]]
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(np.concatenate(rows), 10).save(out, optimize=True)
