@@ -23,11 +23,19 @@ from mooring_server.dinghy.classifier import Classifier, load_classifier, read
 from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.preset import SHIPPED
 from mooring_server.evaluation.result import GENERIC, SUBJECT, EvaluationResult, ImagePair
-from mooring_server.training import PRESETS, Method, TrainConfig
-from rich.console import Console
 
-from benchmarks.common import Row, parser, show
-from benchmarks.kept import SUBJECTS, Unfinished, held_out, load_bench, measured
+from benchmarks.common import Row, show
+from benchmarks.kept import (
+    Subject,
+    Tick,
+    Unfinished,
+    chosen,
+    each_run,
+    load_bench,
+    measured,
+    run_options,
+    training,
+)
 
 LONG = 3
 """Times the usual number of steps."""
@@ -43,32 +51,34 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     ruler = load_classifier(sources.cache_dir() / SHIPPED.version / "classifier", SHIPPED, choose("cpu"))
     bench = load_bench(dinghy.base_dir(), only_finished=options.finished)
-    console = Console(stderr=True)
     found: dict[str, list[dict[str, float]]] = {}
-    missing = 0
-    for name in options.subjects:
-        for seed in range(options.seeds):
-            for arm, config in arms(options.steps, options.budget, seed).items():
-                if arm not in options.arms:
-                    continue
+    missing: list[str] = []
 
-                def tick(what: str, done: int, total: int, label: str = f"{name} seed {seed}") -> None:
-                    if done == total:
-                        console.print(f"{label}: {what}", highlight=False)
+    def work(subject: Subject, seed: int, tick: Tick) -> str:
+        read_here: dict[str, dict[str, float]] = {}
+        for arm in options.arms:
+            config = training(
+                options, seed, moored=arm.startswith("moored"), times=LONG if arm.endswith("long") else 1
+            )
+            try:
+                _, _, result = measured(bench, subject, config, quick=options.quick, tick=tick)
+            except Unfinished:
+                missing.append(f"{subject.name} seed {seed} {arm}")
+                continue
+            if "base" not in read_here:  # the same pictures beside every arm
+                read_here["base"] = shares(ruler, result, base=True)
+            read_here[arm] = shares(ruler, result, base=False)
+        for arm, figures in read_here.items():
+            found.setdefault(arm, []).append(figures)
+        right = ", ".join(f"{arm} {figures['object']:.3f}" for arm, figures in read_here.items())
+        return f"{subject.name} seed {seed}: objects right {right or 'not run'}"
 
-                try:
-                    _, _, result = measured(bench, held_out(name), config, quick=options.quick, tick=tick)
-                except Unfinished:
-                    missing += 1
-                    continue
-                found.setdefault(arm, []).append(shares(ruler, result, base=False))
-                if arm == ARMS[0]:
-                    found.setdefault("base", []).append(shares(ruler, result, base=True))
+    each_run(options, work)
     show(
         "breakage",
         "What is read in the pictures: scenes of the subject's prompts, objects of the others",
         rows(found),
-        notes=(*_NOTES, *([f"Not run: {missing} trainings."] if missing else [])),
+        notes=(*_NOTES, *([f"Not run: {', '.join(missing)}."] if missing else [])),
         options=options,
     )
 
@@ -81,33 +91,9 @@ _NOTES = (
 
 
 def _options() -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--subjects", nargs="+", default=list(SUBJECTS), help="held-out subjects")
-    options.add_argument("--seeds", type=int, default=2, help="training seeds for each subject")
-    options.add_argument("--budget", type=float, default=PRESETS["balanced"], help="drift budget ρ")
-    options.add_argument("--steps", type=int, default=TrainConfig().steps, help="training steps")
-    options.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = run_options(__doc__)
     options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="trainings to compare")
-    options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
-    chosen = options.parse_args()
-    if chosen.quick:
-        chosen.subjects, chosen.seeds, chosen.steps = chosen.subjects[:1], 1, 40
-    return chosen
-
-
-def arms(steps: int, budget: float, seed: int) -> dict[str, TrainConfig]:
-    """The trainings that are compared, by name."""
-    found = {}
-    for arm in ARMS:
-        moored = arm.startswith("moored")
-        found[arm] = TrainConfig(
-            method=Method.SPECTRAL if moored else Method.NONE,
-            budget=budget if moored else None,
-            steps=steps * (LONG if arm.endswith("long") else 1),
-            seed=seed,
-            preview_every=0,
-        )
-    return found
+    return chosen(options)
 
 
 def scene_of(prompt: str) -> str:
@@ -146,7 +132,7 @@ def rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
 
     out = []
     for arm in ("base", *ARMS):
-        if arm not in found or "base" not in found:
+        if arm not in found:
             continue
         ours, peer = mean(arm, "object"), mean("base", "object")
         moored = arm.startswith("moored")

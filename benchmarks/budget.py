@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,20 +22,26 @@ from mooring_server.engine.adapters import AdapterWeights
 from mooring_server.evaluation import report
 from mooring_server.evaluation.probe import DriftFigure
 from mooring_server.evaluation.result import EvaluationResult
-from mooring_server.training import PRESETS, Method, TrainConfig
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import Row, parser, show
-from benchmarks.kept import SUBJECTS, Bench, Subject, Unfinished, held_out, load_bench, measured, write
+from benchmarks.common import Row, show
+from benchmarks.kept import (
+    Bench,
+    Subject,
+    Tick,
+    chosen,
+    each_run,
+    load_bench,
+    measured,
+    run_options,
+    training,
+    write,
+)
 
 TOLERANCE = 0.2
 """The goal: the held-out drift lies within this share of its budget."""
 
 SETTLED = 20
 """Steps after which the controller is expected to hold the drift."""
-
-Tick = Callable[[str, int, int], None]
 
 
 def main() -> None:
@@ -44,34 +50,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     directory = Path(options.base) if options.base else dinghy.base_dir()
     bench = load_bench(directory, only_finished=options.finished)
-    subjects = [held_out(name) for name in options.subjects]
-    seeds = range(options.seeds)
-    console = Console(stderr=True)
     rows: list[Row] = []
-    unfinished: list[str] = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    ) as progress:
-        overall = progress.add_task("runs", total=len(subjects) * len(seeds))
-        inner = progress.add_task("", total=None)
-        for subject in subjects:
-            for seed in seeds:
 
-                def tick(
-                    what: str, done: int, total: int, label: str = f"{subject.name} seed {seed}"
-                ) -> None:
-                    progress.update(inner, description=f"  {label}: {what}", completed=done, total=total)
+    def work(subject: Subject, seed: int, tick: Tick) -> str:
+        rows.append(_run(bench, subject, seed, options, tick))
+        return _line(rows[-1])
 
-                try:
-                    rows.append(_run(bench, subject, seed, options, tick))
-                    console.print(_line(rows[-1]), highlight=False)
-                except Unfinished:
-                    unfinished.append(f"{subject.name} seed {seed}")
-                progress.advance(overall)
+    unfinished = each_run(options, work)
     show(
         "budget",
         f"Drift on its budget ρ = {options.budget:g}, and what is kept (spectral against none)",
@@ -92,35 +77,18 @@ _NOTES = (
 
 
 def _options() -> argparse.Namespace:
-    options = parser(__doc__)
-    options.add_argument("--subjects", nargs="+", help=f"held-out subjects (default: {' '.join(SUBJECTS)})")
-    options.add_argument("--seeds", type=int, help="training seeds for each subject (default: 2)")
-    options.add_argument("--budget", type=float, default=PRESETS["balanced"], help="drift budget ρ")
-    options.add_argument("--steps", type=int, help="training steps (default: 400)")
-    options.add_argument("--threads", type=int, default=1, help="torch threads")
+    options = run_options(__doc__)
     options.add_argument("--base", help="directory of the base (default: the embedded one)")
-    options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
     options.add_argument("--report", type=Path, help="also write each run's report.html and grid.png here")
-    chosen = options.parse_args()
-    if chosen.quick:
-        defaults = {"subjects": list(SUBJECTS[:1]), "seeds": 1, "steps": 40}
-    else:
-        defaults = {"subjects": list(SUBJECTS), "seeds": 2, "steps": TrainConfig().steps}
-    for name, value in defaults.items():
-        if getattr(chosen, name) is None:
-            setattr(chosen, name, value)
-    return chosen
+    return chosen(options)
 
 
 def _run(bench: Bench, subject: Subject, seed: int, options: argparse.Namespace, tick: Tick) -> Row:
     """Train and evaluate both arms of one subject and seed."""
-    moored_config = TrainConfig(
-        method=Method.SPECTRAL, budget=options.budget, steps=options.steps, seed=seed, preview_every=0
-    )
-    none_config = TrainConfig(method=Method.NONE, steps=options.steps, seed=seed, preview_every=0)
     found: dict[str, tuple[AdapterWeights, EvaluationResult]] = {}
     history: list[dict[str, float]] = []
-    for arm, config in (("none", none_config), ("moored", moored_config)):
+    for arm in ("none", "moored"):
+        config = training(options, seed, moored=arm == "moored")
         weights, history, result = measured(bench, subject, config, quick=options.quick, tick=tick)
         found[arm] = weights, result
     if options.report:

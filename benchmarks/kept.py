@@ -6,6 +6,7 @@ and two benchmarks the adapters.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -25,13 +26,16 @@ from mooring_server.evaluation.evaluate import EvaluationCache, evaluate
 from mooring_server.evaluation.judges import Judges
 from mooring_server.evaluation.prompts import PROBE_GENERIC, PromptSets
 from mooring_server.evaluation.result import EvaluationResult
-from mooring_server.training import TrainConfig, train
+from mooring_server.training import PRESETS, Method, TrainConfig, train
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, parser
 
 T = TypeVar("T")
-Tick = Callable[[int, int], None]
+Tick = Callable[[str, int, int], None]
+"""What is being done, and how much of how much of it is done."""
 
 SUBJECTS = ("duck", "robot", "rocket", "teapot")
 """Held-out subjects by default: drawn nowhere in the base's world, different in shape and colour."""
@@ -83,6 +87,69 @@ class FileCheckpoint:
         return False
 
 
+def run_options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains subjects × seeds."""
+    options = parser(description)
+    options.add_argument("--subjects", nargs="+", help=f"held-out subjects (default: {' '.join(SUBJECTS)})")
+    options.add_argument("--seeds", type=int, help="training seeds for each subject (default: 2)")
+    options.add_argument("--budget", type=float, default=PRESETS["balanced"], help="drift budget ρ")
+    options.add_argument("--steps", type=int, help="training steps (default: 400)")
+    options.add_argument("--threads", type=int, default=1, help="torch threads")
+    options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
+    return options
+
+
+def chosen(options: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's choices; what was not chosen depends on ``--quick``."""
+    found = options.parse_args()
+    if found.quick:
+        defaults = {"subjects": list(SUBJECTS[:1]), "seeds": 1, "steps": 40}
+    else:
+        defaults = {"subjects": list(SUBJECTS), "seeds": 2, "steps": TrainConfig().steps}
+    for name, value in defaults.items():
+        if getattr(found, name) is None:
+            setattr(found, name, value)
+    return found
+
+
+def training(options: argparse.Namespace, seed: int, *, moored: bool, times: int = 1) -> TrainConfig:
+    """The training without protection or moored to the budget, ``times`` as long as was chosen."""
+    return TrainConfig(
+        method=Method.SPECTRAL if moored else Method.NONE,
+        budget=options.budget if moored else None,
+        steps=times * options.steps,
+        seed=seed,
+        preview_every=0,
+    )
+
+
+def each_run(options: argparse.Namespace, work: Callable[[Subject, int, Tick], str]) -> list[str]:
+    """Do ``work`` for every subject and seed, under a progress bar; it returns the line to print.
+
+    Returns the names of the runs for which it raised :class:`Unfinished`.
+    """
+    subjects = [held_out(name) for name in options.subjects]
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    unfinished: list[str] = []
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task("runs", total=len(subjects) * options.seeds)
+        inner = progress.add_task("", total=None)
+        for subject in subjects:
+            for seed in range(options.seeds):
+                label = f"{subject.name} seed {seed}"
+
+                def tick(what: str, done: int, total: int, label: str = label) -> None:
+                    progress.update(inner, description=f"  {label}: {what}", completed=done, total=total)
+
+                try:
+                    console.print(work(subject, seed, tick), highlight=False)
+                except Unfinished:
+                    unfinished.append(label)
+                progress.advance(overall)
+    return unfinished
+
+
 def load_bench(directory: Path, *, only_finished: bool) -> Bench:
     """The base in ``directory``, its judges, and where finished work is kept."""
     base = load_base(directory)
@@ -117,7 +184,7 @@ def prompt_sets(*, quick: bool) -> PromptSets:
 
 
 def measured(
-    bench: Bench, subject: Subject, config: TrainConfig, *, quick: bool, tick: Callable[[str, int, int], None]
+    bench: Bench, subject: Subject, config: TrainConfig, *, quick: bool, tick: Tick
 ) -> tuple[AdapterWeights, list[dict[str, float]], EvaluationResult]:
     """An adapter of this training, the training's history, and its evaluation beside the base."""
     sets, arm = prompt_sets(quick=quick), f"{config.method} {config.steps}"
@@ -141,7 +208,7 @@ def trained(
     subject: Subject,
     config: TrainConfig,
     generic: Sequence[str],
-    tick: Tick,
+    tick: Callable[[int, int], None],
 ) -> tuple[AdapterWeights, list[dict[str, float]]]:
     """The adapter of a training and the training's history.
 
@@ -182,7 +249,7 @@ def evaluated(
     subject: Subject,
     weights: AdapterWeights,
     config: EvaluationConfig,
-    tick: Tick,
+    tick: Callable[[int, int], None],
 ) -> EvaluationResult:
     """An adapter's evaluation beside the base.
 

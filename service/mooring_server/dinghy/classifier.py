@@ -148,7 +148,7 @@ def load_classifier(folder: Path, preset: Preset, compute: Compute) -> Classifie
     """The classifier of the checkpoint in ``folder``, averaged weights."""
     model, loop = classifier_loop(folder, preset, compute)
     if loop.step == 0:
-        raise RuntimeError("no classifier yet: run `python -m mooring_server.dinghy classifier`")
+        raise RuntimeError("no classifier yet: run `python -m mooring_server.dinghy ruler`")
     loop.use_average()
     return model.eval()
 

@@ -41,10 +41,19 @@ def choose(name: str = "") -> Compute:
     return Compute(device, max(1, min(14, (os.cpu_count() or 2) - 2)))
 
 
-def plain_attention(compute: Compute, unet: Any) -> None:
-    """On a CPU the backward pass of fused attention is 40 % of a training step; plain products a tenth."""
-    if compute.device.type == "cpu":
+def plain_attention(compute: Compute, model: Any) -> None:
+    """On a CPU the backward pass of fused attention is 40 % of a training step; plain products a tenth.
+
+    ``model`` is diffusers' UNet or any module that holds transformers' models.
+    """
+    if compute.device.type != "cpu":
+        return
+    if hasattr(model, "set_attn_processor"):
         from diffusers.models.attention_processor import AttnProcessor
 
         processor: Any = AttnProcessor  # diffusers ships no types
-        unet.set_attn_processor(processor())
+        model.set_attn_processor(processor())
+        return
+    for part in model.modules():
+        if hasattr(part, "set_attn_implementation"):
+            part.set_attn_implementation("eager")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import text
-from .device import Compute
+from .device import Compute, plain_attention
 from .loop import Batch, Loop, Optimisers, Plan, batches
 from .preset import Preset
 from .render import Renderer
@@ -46,15 +46,6 @@ def image_processor(preset: Preset) -> Any:
 def normalise(pixels: Tensor) -> Tensor:
     """Pictures ``[N, 3, px, px]`` in [0, 1] as the judges' input in -1..1."""
     return (pixels - 0.5) / 0.5
-
-
-def _plain_attention(model: Any, compute: Compute) -> Any:
-    """``model`` on its device; on a CPU fused attention's backward pass takes as long as all the rest."""
-    if compute.device.type == "cpu":
-        for part in model.modules():
-            if hasattr(part, "set_attn_implementation"):
-                part.set_attn_implementation("eager")
-    return model.to(compute.device)
 
 
 # -- dinghy-clip -------------------------------------------------------------------------------
@@ -101,7 +92,8 @@ def clip_loop(
     torch.manual_seed(4)
     exported: Any = CLIPModel
     known = committed is not None and committed.exists()
-    model = _plain_attention(exported.from_pretrained(committed) if known else build_clip(preset), compute)
+    model = exported.from_pretrained(committed) if known else build_clip(preset)
+    plain_attention(compute, model.to(compute.device))
     heads = [model.visual_projection, model.text_projection, model.text_model.embeddings]
     optimisers = Optimisers(
         [model.vision_model, model.text_model.encoder],
@@ -221,7 +213,8 @@ class Distiller(nn.Module):
 def dino_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Distiller, Loop]:
     """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one."""
     torch.manual_seed(5)
-    model = _plain_attention(Distiller(preset), compute)
+    model = Distiller(preset).to(compute.device)
+    plain_attention(compute, model)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 

@@ -143,20 +143,25 @@ class Pool:
         return [own, *nearest[: count - 1]]
 
 
-def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
-    views = [
-        bench.world.view(sprite, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((17, k)))
+def _views(bench: Bench, sprite: int, count: int, stream: int) -> Picture:
+    """True pictures of a sprite, on the new scenes in turn."""
+    samples = [
+        bench.world.view(sprite, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((stream, k)))
         for k in range(count)
     ]
-    return _features(bench, bench.renderer.pictures(views)).mean(0)
+    return bench.renderer.pictures(samples)
+
+
+def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
+    return _features(bench, _views(bench, sprite, count, 17)).mean(0)
 
 
 class LineUp:
     """Twenty look-alikes, the subject among them, that pictures are told apart by."""
 
     def __init__(self, bench: Bench, name: str, pool: Pool) -> None:
-        own = bench.world.sprites.where("held", ("3d",), name)[0]
-        candidates = torch.stack([_mean_feature(bench, s, 24) for s in pool.look_alikes(own)])
+        self.own = bench.world.sprites.where("held", ("3d",), name)[0]
+        candidates = torch.stack([_mean_feature(bench, s, 24) for s in pool.look_alikes(self.own)])
         self.bench, self.centre = bench, candidates.mean(0)
         self.unit = nn.functional.normalize(candidates - self.centre, dim=-1)
 
@@ -165,14 +170,9 @@ class LineUp:
         found = nn.functional.normalize(_features(self.bench, pictures) - self.centre, dim=-1)
         return float(((found @ self.unit.T).argmax(1) == 0).float().mean())
 
-
-def true_pictures(bench: Bench, name: str, count: int = 48) -> Picture:
-    """True pictures of the subject in new scenes: what they read is the encoder's own accuracy."""
-    samples = [
-        bench.world.subject(name, NEW_SCENES[k % len(NEW_SCENES)], np.random.default_rng((19, k)))
-        for k in range(count)
-    ]
-    return bench.renderer.pictures(samples)
+    def own_accuracy(self) -> float:
+        """What :meth:`recognised` gives for true pictures of the subject: the ruler's own accuracy."""
+        return self.recognised(_views(self.bench, self.own, 48, 19))
 
 
 def measure(
@@ -192,7 +192,7 @@ def measure(
     pool = Pool.of(bench)
     for name in names:
         subject_, line_up = subject(name), LineUp(bench, name, pool)
-        table[name] = {"true": line_up.recognised(true_pictures(bench, name))}
+        table[name] = {"true": line_up.own_accuracy()}
         best: tuple[float, Picture] | None = None
         prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
         for steps, pipeline in train_lora(subject_, bench, moments=moments, targets=targets):

@@ -97,11 +97,9 @@ class Trainer:
             self.unet.load_state_dict(load_unet(committed).state_dict())
             self.encoder.load_state_dict(text.load_text_encoder(committed).state_dict())
             self.started = "committed weights"
-        plain_attention(compute, self.unet)
-        if compute.device.type == "cpu":
-            self.encoder.set_attn_implementation("eager")
-        self.unet.to(compute.device)
-        self.encoder.to(compute.device)
+        for model in (self.unet, self.encoder):
+            plain_attention(compute, model)
+            model.to(compute.device)
         self.scheduler = build_scheduler()
         self.alphas = self.scheduler.alphas_cumprod.to(compute.device)
         optimisers = Optimisers([self.unet], [self.encoder], plan.muon_lr, plan.adam_lr)
