@@ -25,7 +25,7 @@ def test_every_other_step_shares_scenes_in_groups(sprites):
 
 @pytest.mark.parametrize("train", [train_clip, train_dino])
 def test_a_judge_goes_on_where_it_stopped(sprites, tmp_path, train):
-    world, renderer, cpu = World(SMALL, 4, sprites), Renderer(sprites, SMALL.px), choose("cpu")
+    world, renderer, cpu = World(SMALL, 4, sprites), Renderer(sprites, SMALL.judge_px), choose("cpu")
 
     def run(folder, steps):
         plan = Plan(steps=steps, batch=8, warmup_steps=1, decay=1e-9)

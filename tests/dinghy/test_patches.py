@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mooring_server.dinghy.codec import psnr
+from mooring_server.dinghy.codec import encode, encoder, psnr
 from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.loop import Plan
 from mooring_server.dinghy.patches import (
     VAE_STD,
     build_vae,
     channel_weights,
+    fit_halves,
     fit_pca,
     from_features,
+    read_pca,
     to_features,
     train_codec,
 )
@@ -46,7 +48,7 @@ def test_encoder_equals_pca(stages, channels):
 
 def test_pca_is_orthonormal_and_its_inverse_is_the_best_linear_one():
     pixels = _pictures()
-    pca = fit_pca(pixels, 2)
+    pca = fit_pca(pixels, 2, 12)
     assert np.allclose(pca.basis @ pca.basis.T, np.eye(12), atol=1e-9)
     features = to_features(pixels, 2)
     restored = pca.decode(pca.encode(features))
@@ -57,7 +59,7 @@ def test_pca_is_orthonormal_and_its_inverse_is_the_best_linear_one():
 
 def test_an_error_in_a_channel_costs_its_weight_in_pixels():
     pixels = _pictures()
-    pca = fit_pca(pixels, 2)
+    pca = fit_pca(pixels, 2, 12)
     weights = channel_weights(build_vae(pca, decoder_blocks=(0, 0, 1), decoder_width=8))
     latents = pca.encode(to_features(pixels, 2))
     restored = pca.decode(latents)
@@ -93,3 +95,34 @@ def test_encoder_never_trains_and_the_decoder_learns(sprites, tmp_path):
     assert not any(p.requires_grad for p in after.encoder.parameters())
     for a, b in zip(encoder, after.encoder.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_first_channels_are_those_of_the_picture_at_half_its_side():
+    pixels = _pictures()
+    halved = nn.functional.avg_pool2d(pixels, 2)
+    half, pca = fit_pca(halved, 2, 12), fit_halves(pixels, 3, 20)
+    assert np.allclose(pca.basis @ pca.basis.T, np.eye(20), atol=1e-9)
+    found = pca.encode(to_features(pixels.double(), 3))
+    torch.testing.assert_close(found[:, :12], half.encode(to_features(halved.double(), 2)))
+    # what the others add is found again
+    restored = pca.decode(found) - to_features(pixels.double(), 3)
+    found[:, 12:] = 0
+    coarse = pca.decode(found) - to_features(pixels.double(), 3)
+    assert float(restored.square().mean()) < 0.8 * float(coarse.square().mean())
+
+
+def test_the_pca_is_read_back_from_the_encoder():
+    pixels = _pictures()
+    pca = fit_halves(pixels, 3, 20)
+    read = read_pca(build_vae(pca, decoder_blocks=(0, 0, 0, 1), decoder_width=8))
+    assert read.stages == 3
+    features = to_features(pixels, 3)
+    torch.testing.assert_close(read.encode(features), pca.encode(features), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_quick_encoder_gives_what_the_codec_gives():
+    pixels = _pictures()
+    codec = build_vae(fit_halves(pixels, 3, 20), decoder_blocks=(0, 0, 0, 1), decoder_width=8)
+    quick = encoder(codec)(pixels, torch.Generator())
+    torch.testing.assert_close(quick, encode(codec, pixels), atol=2e-3, rtol=1e-3)

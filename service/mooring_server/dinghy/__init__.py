@@ -25,23 +25,23 @@ NEW_SCENES = tuple(s for s in nouns.SCENES if s not in PHOTO_SCENES)
 
 
 def weights_dir() -> Path:
-    """Directory of everything trained: the base, its judges, ``MANIFEST.json``."""
+    """Directory of everything trained: bases, their judges, ``MANIFEST.json``."""
     return _ROOT / "weights"
 
 
-def base_dir() -> Path:
-    """Directory of the base model, in the layout of ``StableDiffusionPipeline.from_pretrained``."""
-    return weights_dir() / VERSION
+def base_dir(version: str = VERSION) -> Path:
+    """Directory of a set's base model, in the layout of ``StableDiffusionPipeline.from_pretrained``."""
+    return weights_dir() / version
 
 
-def clip_dir() -> Path:
-    """Directory of the judge dinghy-clip (transformers ``CLIPModel``, tokenizer, image processor)."""
-    return weights_dir() / VERSION.replace("dinghy", "dinghy-clip")
+def clip_dir(version: str = VERSION) -> Path:
+    """Directory of a set's judge dinghy-clip (transformers ``CLIPModel``, tokenizer, image processor)."""
+    return weights_dir() / version.replace("dinghy", "dinghy-clip")
 
 
-def dino_dir() -> Path:
-    """Directory of the judge dinghy-dino (transformers ``Dinov2Model``, image processor)."""
-    return weights_dir() / VERSION.replace("dinghy", "dinghy-dino")
+def dino_dir(version: str = VERSION) -> Path:
+    """Directory of a set's judge dinghy-dino (transformers ``Dinov2Model``, image processor)."""
+    return weights_dir() / version.replace("dinghy", "dinghy-dino")
 
 
 @dataclass(frozen=True)

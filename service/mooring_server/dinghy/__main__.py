@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Version = Annotated[
-    str, typer.Option("--preset", help="dinghy-1 (64 px, two cores) or dinghy-2 (128 px, a GPU).")
+    str, typer.Option("--preset", help="dinghy-1 (64 px), dinghy-3 (128 px) or dinghy-2 (128 px, a GPU).")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
 Scale = Annotated[float, typer.Option(help="Factor on every planned number of steps.")]
-BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, at most 96 on a CPU.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, which is smaller on a CPU.")]
 Sheets = Annotated[Path, typer.Option(help="Folder for the sample sheets.")]
-Count = Annotated[int, typer.Option(help="Fresh prompts of one object; 0.8 times as many of two or three.")]
+Count = Annotated[int, typer.Option(help="Fresh prompts of one object; 0.4 times as many of two or three.")]
 IMAGES = Path("docs/images")
 DEFAULT = "dinghy-1"
 
@@ -67,6 +67,25 @@ def base(
 
 
 @app.command()
+def decoder(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+    """Go on training the committed codec's decoder; its latents stay as they are, and so does the UNet."""
+    _recipe(preset, device, scale, batch).decoder()
+
+
+@app.command()
+def grow(
+    preset: Annotated[str, typer.Option(help="The set to start.")] = "dinghy-3",
+    small: Annotated[str, typer.Option(help="The smaller set that it starts from.")] = DEFAULT,
+    device: Device = "",
+) -> None:
+    """Start a base from a smaller set's: what it has learnt stays, what is new begins at zero.
+
+    The grown base draws what the small one drew, larger; `base` and `decoder` go on from it.
+    """
+    _recipe(preset, device).grow(small)
+
+
+@app.command()
 def clip(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
     """Train dinghy-clip, from the committed weights if there are any, and export it into the package data."""
     _recipe(preset, device, scale, batch).clip()
@@ -74,7 +93,7 @@ def clip(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, bat
 
 @app.command()
 def dino(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
-    """Train dinghy-dino and export it into the package data."""
+    """Train dinghy-dino, from the committed weights if there are any, and export it into the package data."""
     _recipe(preset, device, scale, batch).dino()
 
 
@@ -118,11 +137,15 @@ def curves(preset: Version = DEFAULT, out: Sheets = IMAGES) -> None:
     """Draw the learning curves of every run in the cache."""
     from . import sources
     from .curves import draw, read_log
+    from .figures import sheet_name
+    from .preset import PRESETS
 
     runs = sources.cache_dir() / preset
     logs = {p.parent.name: read_log(p) for p in sorted(runs.glob("*/log.jsonl"))}
-    draw({"t2i": logs.pop("t2i")}, out / "dinghy-curve-t2i.png", "text-to-image: weighted v loss")
-    draw(logs, out / "dinghy-curve-others.png", "codec, judges and ruler: loss against samples")
+    name = sheet_name(PRESETS[preset])
+    base = {run: logs.pop(run) for run in list(logs) if run.startswith("t2i")}
+    draw(base, out / f"{name}-curve-t2i.png", "text-to-image: weighted v loss")
+    draw(logs, out / f"{name}-curve-others.png", "codec, judges and ruler: loss against samples")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,21 @@ def plan(preset: Preset) -> Plan:
     return patches.PLAN if preset.codec == "patches" else vae.PLAN
 
 
-def train(folder: Path, world: World, renderer: Renderer, compute: Compute, length: Plan) -> Any:
-    """Train (or go on training) the codec of the world's preset in ``folder``; returns it averaged."""
-    module = patches if world.preset.codec == "patches" else vae
-    return module.train_codec(folder, world, renderer, compute, length)
+def train(
+    folder: Path,
+    world: World,
+    renderer: Renderer,
+    compute: Compute,
+    length: Plan,
+    committed: Any | None = None,
+) -> Any:
+    """Train (or go on training) the codec of the world's preset in ``folder``; returns it averaged.
+
+    ``committed`` is a patch codec to start from where ``folder`` holds no checkpoint.
+    """
+    if world.preset.codec == "patches":
+        return patches.train_codec(folder, world, renderer, compute, length, committed)
+    return vae.train_codec(folder, world, renderer, compute, length)
 
 
 def load(base: Path) -> Any:
@@ -43,6 +55,24 @@ def channel_weights(codec: Any) -> Tensor | None:
     from diffusers import AutoencoderTiny
 
     return patches.channel_weights(codec) if isinstance(codec, AutoencoderTiny) else None
+
+
+Encode = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def encoder(codec: Any) -> Encode:
+    """A function of pixels ``[B, 3, H, W]`` in [0, 1] and a generator that gives what :func:`encode` does.
+
+    A patch codec's is one product of matrices instead of its convolutions, which would take as long as a
+    training step of the UNet.
+    """
+    from diffusers import AutoencoderTiny
+
+    if not isinstance(codec, AutoencoderTiny):
+        return lambda pixels, rng: encode(codec, pixels, rng)
+    known: Any = codec  # diffusers ships no types
+    pca, factor = patches.read_pca(known), known.config.scaling_factor
+    return lambda pixels, _: factor * pca.encode(patches.to_features(pixels, pca.stages))
 
 
 def encode(codec: Any, pixels: Tensor, rng: torch.Generator | None = None) -> Tensor:

@@ -26,17 +26,17 @@ from .world import SCENE_KEYS, Sample, World
 SAME_SCENE = 32
 """Pictures of one scene among those that dinghy-clip tells apart."""
 MEAN_STD = [0.5, 0.5, 0.5]
-CLIP_PLAN = Plan(steps=6000, batch=512, muon_lr=0.005, adam_lr=1e-3, average=0.998)
-DINO_PLAN = Plan(steps=6000, batch=384, muon_lr=0.005, adam_lr=1e-3, average=0.998)
+CLIP_PLAN = Plan(steps=6000, batch=512, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
+DINO_PLAN = Plan(steps=6000, batch=384, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
 
 
 def image_processor(preset: Preset) -> Any:
-    """Bicubic to the preset's size, then (x - 0.5) / 0.5: ``CLIPImageProcessor`` without torchvision."""
+    """Bicubic to the judges' size, then (x - 0.5) / 0.5: ``CLIPImageProcessor`` without torchvision."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(
-        size={"shortest_edge": preset.px},
-        crop_size={"height": preset.px, "width": preset.px},
+        size={"shortest_edge": preset.judge_px},
+        crop_size={"height": preset.judge_px, "width": preset.judge_px},
         image_mean=MEAN_STD,
         image_std=MEAN_STD,
         resample=3,
@@ -44,7 +44,7 @@ def image_processor(preset: Preset) -> Any:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Pictures ``[N, 3, px, px]`` in [0, 1] as the judges' input in -1..1."""
+    """Pictures in [0, 1], drawn at the size that judges see, as their input in -1..1."""
     return (pixels - 0.5) / 0.5
 
 
@@ -65,7 +65,8 @@ def build_clip(preset: Preset) -> Any:
         },
         vision_config={
             "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 3,
-            "hidden_act": "gelu", "image_size": preset.px, "patch_size": preset.patch, "projection_dim": 128,
+            "hidden_act": "gelu", "image_size": preset.judge_px, "patch_size": preset.patch,
+            "projection_dim": 128,
         },
         projection_dim=128,
     )  # fmt: skip
@@ -167,7 +168,7 @@ def build_vit(preset: Preset) -> Any:
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
-        image_size=preset.px, patch_size=preset.patch, hidden_size=192, mlp_ratio=3,
+        image_size=preset.judge_px, patch_size=preset.patch, hidden_size=192, mlp_ratio=3,
         num_hidden_layers=6, num_attention_heads=3, layerscale_value=1.0,
     )  # fmt: skip
     return Dinov2Model(config)
@@ -210,21 +211,38 @@ class Distiller(nn.Module):
             )
 
 
-def dino_loop(folder: Path, preset: Preset, compute: Compute, plan: Plan) -> tuple[Distiller, Loop]:
-    """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one."""
+def dino_loop(
+    folder: Path, preset: Preset, compute: Compute, plan: Plan, committed: Path | None = None
+) -> tuple[Distiller, Loop]:
+    """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one.
+
+    Where there is none, student and teacher start from the exported judge in ``committed``.
+    """
+    from transformers import Dinov2Model
+
     torch.manual_seed(5)
-    model = Distiller(preset).to(compute.device)
+    model = Distiller(preset)
+    if committed is not None and committed.exists():
+        known = Dinov2Model.from_pretrained(committed).state_dict()
+        for part in (model.student, model.teacher):
+            part.load_state_dict(known)
+    model.to(compute.device)
     plain_attention(compute, model)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 
 
 def train_dino(
-    folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = DINO_PLAN
+    folder: Path,
+    world: World,
+    renderer: Renderer,
+    compute: Compute,
+    plan: Plan = DINO_PLAN,
+    committed: Path | None = None,
 ) -> tuple[Any, Loop]:
     """Train (or go on) in ``folder``; returns the teacher, a Dinov2Model, and the loop."""
     pool = np.array(world.training_sprites())
-    model, loop = dino_loop(folder, world.preset, compute, plan)
+    model, loop = dino_loop(folder, world.preset, compute, plan, committed)
     size = plan.batch
     target = torch.arange(size, device=compute.device)
 

@@ -1,4 +1,4 @@
-"""The codec of dinghy-1: an AutoencoderTiny whose encoder is exactly a PCA of pixel patches.
+"""The codec of dinghy-1 and dinghy-3: an AutoencoderTiny whose encoder is exactly a PCA of pixel patches.
 
 Its encoder's convolutions can express a linear map exactly (pixels in [0, 1] pass through
 unharmed where nothing bends them; each stride-2 convolution moves a 2x2 block into
@@ -24,16 +24,21 @@ from .render import Renderer, lay_out
 from .vae import distance
 from .world import World, world_samples
 
-LATENT_CHANNELS = 12
-STAGES = 2
-"""Halvings between pixels and latents."""
+COARSE = 12
+"""Where a picture is halved three times: channels that are the PCA of the picture at half its side.
+
+The others hold what those leave. So a model of the larger picture starts from one of the smaller
+(:mod:`.grow`): the first channels mean the same in both.
+"""
+DECODER_BLOCKS = (3, 2, 1, 0)
+"""Residual blocks at each size of the decoder: one at full size would cost as much as all others."""
 VAE_STD = 0.2
 """Root mean square of the VAE's latents: AutoencoderTiny bends its decoder's input by tanh(z/3)*3,
 which is straight only for small z. ``scaling_factor`` = 1 / VAE_STD brings the UNet's latents to 1."""
 FLATTEN = 0.4
 """Each principal channel is divided by its standard deviation to this power. 0 leaves fine detail
 so quiet that the last sampling steps hardly reach it, 1 makes noise as loud as the picture."""
-PLAN = Plan(steps=3000, batch=32, muon_lr=0.01, adam_lr=1e-3, average=0.998)
+PLAN = Plan(steps=3000, batch=32, cpu_batch=8, muon_lr=0.01, adam_lr=1e-3, average=0.998)
 
 
 @dataclass
@@ -47,10 +52,16 @@ class Pca:
     basis: NDArray[np.float64]
     gain: NDArray[np.float64]
 
+    @property
+    def stages(self) -> int:
+        """Halvings between pixels and latents."""
+        return round(math.log(self.basis.shape[1] / 3, 4))
+
     def encode(self, features: Tensor) -> Tensor:
         """``[B, d, h, w] -> [B, k, h, w]``."""
-        weight = torch.as_tensor(self.basis * self.gain[:, None], dtype=features.dtype)
-        centred = features - torch.as_tensor(self.mean, dtype=features.dtype)[None, :, None, None]
+        like: dict[str, Any] = {"dtype": features.dtype, "device": features.device}
+        weight = torch.as_tensor(self.basis * self.gain[:, None], **like)
+        centred = features - torch.as_tensor(self.mean, **like)[None, :, None, None]
         return torch.einsum("kd,bdhw->bkhw", weight, centred)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -85,25 +96,67 @@ def from_features(features: Tensor, stages: int) -> Tensor:
     return features
 
 
-def fit_pca(pixels: Tensor, stages: int, channels: int = LATENT_CHANNELS) -> Pca:
-    """Fit on pictures ``[N, 3, H, W]`` in [0, 1]."""
+def fit_pca(pixels: Tensor, stages: int, channels: int, half: Pca | None = None) -> Pca:
+    """Fit on pictures ``[N, 3, H, W]`` in [0, 1].
+
+    With ``half``, a PCA of such pictures at half their side, the first channels are its own (the latents of a
+    picture averaged down by two) and the others the principal ones of what those leave.
+    """
     features = to_features(pixels.double(), stages).permute(0, 2, 3, 1).flatten(0, 2)
     mean = features.mean(0)
-    covariance = (features - mean).T @ (features - mean) / (len(features) - 1)
-    values, vectors = torch.linalg.eigh(covariance)
-    order = values.argsort(descending=True)[:channels]
-    basis, std = vectors[:, order].T, values[order].clamp_min(1e-12).sqrt()
-    basis = basis * torch.sign(basis.sum(1, keepdim=True))  # eigenvectors have no sign of their own
+    first = torch.zeros(0, len(mean), dtype=torch.float64) if half is None else _doubled(half, stages)
+    centred = features - mean
+    left = centred - centred @ first.T @ first
+    values, vectors = torch.linalg.eigh(left.T @ left / (len(left) - 1))
+    order = values.argsort(descending=True)[: channels - len(first)]
+    rest = vectors[:, order].T
+    rest = rest * torch.sign(rest.sum(1, keepdim=True))  # eigenvectors have no sign of their own
+    basis = torch.cat([first, rest])
+    std = (centred @ basis.T).std(0).clamp_min(1e-6)
     gain = std**-FLATTEN
-    rms = float(((std * gain) ** 2).mean().sqrt())
-    return Pca(mean.numpy(), basis.numpy(), (gain * (VAE_STD / rms)).numpy())
+    gain = gain * (VAE_STD / (std * gain).square().mean().sqrt())
+    if half is not None:
+        old = torch.as_tensor(half.gain) / 2  # averaging halves the length of a basis vector
+        gain = torch.cat([old, gain[len(old) :] * (old[-1] / gain[len(old) - 1])])
+        # the mean moves within the first channels' span only, so that their zero is half's
+        zero = first @ mean - 2 * torch.as_tensor(half.basis @ half.mean)
+        mean = mean - first.T @ zero
+    return Pca(mean.numpy(), basis.numpy(), gain.numpy())
 
 
-def build_vae(pca: Pca, decoder_blocks: tuple[int, ...] = (3, 2, 1), decoder_width: int = 64) -> Any:
-    """An AutoencoderTiny with the PCA in its encoder and an untrained decoder."""
+def _doubled(half: Pca, stages: int) -> Tensor:
+    """``half``'s basis as orthonormal rows over features of pictures of twice the side, ``[k, d]``."""
+    every = torch.eye(3 * 4**stages, dtype=torch.float64)[:, :, None, None]
+    averaged = nn.functional.avg_pool2d(from_features(every, stages), 2)
+    return 2 * torch.as_tensor(half.basis) @ to_features(averaged, stages - 1)[:, :, 0, 0].T
+
+
+def fit_halves(pixels: Tensor, stages: int, channels: int, coarse: int = COARSE) -> Pca:
+    """The PCA of pictures ``[N, 3, H, W]`` whose first ``coarse`` channels are that of their halves."""
+    half = fit_pca(nn.functional.avg_pool2d(pixels, 2), stages - 1, coarse)
+    return fit_pca(pixels, stages, channels, half)
+
+
+def read_pca(vae: Any) -> Pca:
+    """The PCA in the encoder of ``vae``; its mean is known in the span of the basis only."""
+    last = [m for m in vae.encoder.modules() if isinstance(m, nn.Conv2d)][-1]
+    matrix = last.weight.detach()[:, :, 1, 1].double().cpu()
+    gain = matrix.norm(dim=1)
+    basis = matrix / gain[:, None]
+    assert last.bias is not None
+    mean = -(basis.T @ (last.bias.detach().double().cpu() / gain))
+    return Pca(mean.numpy(), basis.numpy(), gain.numpy())
+
+
+def build_vae(pca: Pca, decoder_blocks: tuple[int, ...] = DECODER_BLOCKS, decoder_width: int = 64) -> Any:
+    """An AutoencoderTiny with the PCA in its encoder and an untrained decoder.
+
+    ``decoder_blocks`` are its residual blocks at each size, of which it has one more than the PCA has stages.
+    """
     from diffusers import AutoencoderTiny
 
-    stages = round(math.log(pca.basis.shape[1] / 3, 4))
+    stages = pca.stages
+    decoder_blocks = decoder_blocks[: stages + 1]
     width = 3 * 4**stages
     kind: Any = AutoencoderTiny  # diffusers ships no types
     vae = kind(
@@ -147,25 +200,48 @@ def channel_weights(vae: Any) -> Tensor:
 # -- training the decoder ----------------------------------------------------------------------
 
 
-def decoder_loss(vae: Any, pixels: Tensor, noise: Tensor, compute: Compute) -> Tensor:
+def decoder_loss(vae: Any, pca: Pca, pixels: Tensor, noise: Tensor, compute: Compute) -> Tensor:
     """The distance between ``pixels`` ``[B, 3, H, W]`` in [0, 1] and their decoding.
 
     ``noise`` ``[B, k, h, w]`` is added to the latents: the text-to-image model's are not perfect either.
     """
-    with torch.no_grad():
-        latents = vae.encoder(pixels * 2 - 1) + noise
+    latents = pca.encode(to_features(pixels, pca.stages)) + noise
     with compute.autocast():
         out: Tensor = vae.decoder(latents)
     return distance(out, pixels)
 
 
-def train_codec(folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN) -> Any:
-    """Fit the PCA and train (or go on training) the decoder in ``folder``; returns the codec, averaged."""
-    torch.manual_seed(2)
+def fitting_pictures(world: World, renderer: Renderer, count: int = 3000) -> Tensor:
+    """Pictures ``[count, 3, px, px]`` in [0, 1] that the PCA is fitted on."""
     first = [
-        renderer.draw(lay_out([world.sample(10_000_000 + 50 * k + i) for i in range(50)])) for k in range(60)
+        renderer.draw(lay_out([world.sample(10_000_000 + 50 * k + i) for i in range(50)])).cpu()
+        for k in range(count // 50)
     ]
-    vae = build_vae(fit_pca(torch.cat(first).cpu(), STAGES)).to(compute.device)
+    return torch.cat(first)
+
+
+def train_codec(
+    folder: Path,
+    world: World,
+    renderer: Renderer,
+    compute: Compute,
+    plan: Plan = PLAN,
+    committed: Any | None = None,
+) -> Any:
+    """Fit the PCA and train (or go on training) the decoder in ``folder``; returns the codec, averaged.
+
+    Where ``folder`` holds no checkpoint and a codec is ``committed``, its PCA stays and its decoder goes on.
+    """
+    torch.manual_seed(2)
+    channels = world.preset.channels
+    halvings = world.preset.halvings
+    vae = committed
+    if vae is None:
+        fit = fit_halves if halvings > 2 else fit_pca
+        vae = build_vae(fit(fitting_pictures(world, renderer), halvings, channels))
+    vae.encoder.requires_grad_(requires_grad=False)
+    pca = read_pca(vae)  # as the encoder's convolutions hold it
+    vae.to(compute.device).train()
     optimisers = Optimisers([vae.decoder], [], plan.muon_lr, plan.adam_lr)
     loop = Loop(folder, {"vae": vae}, optimisers, plan)
     size = plan.batch
@@ -175,9 +251,9 @@ def train_codec(folder: Path, world: World, renderer: Renderer, compute: Compute
         rng = torch.Generator(compute.device).manual_seed(step)
         # Half of the pictures get noise of up to a tenth of the latents' size.
         level = (torch.rand(size, 1, 1, 1, generator=rng, device=compute.device) * 2 - 1).clamp_min(0)
-        shape = (size, LATENT_CHANNELS, pixels.shape[2] // 2**STAGES, pixels.shape[3] // 2**STAGES)
+        shape = (size, channels, pixels.shape[2] // 2**halvings, pixels.shape[3] // 2**halvings)
         noise = torch.randn(shape, generator=rng, device=compute.device)
-        return decoder_loss(vae, pixels, 0.1 * VAE_STD * level * noise, compute)
+        return decoder_loss(vae, pca, pixels, 0.1 * VAE_STD * level * noise, compute)
 
     loop.run(batches(world_samples(world, size), loop.step, compute.workers), loss)
     loop.use_average()

@@ -1,12 +1,13 @@
-"""The two sizes of the set: what differs between them, and nothing else.
+"""The presets of the set: what differs between them, and nothing else.
 
-``dinghy-1`` is what two CPU cores can train; ``dinghy-2`` needs a GPU. Everything in the recipe takes a
+``dinghy-1`` is what two CPU cores can train, ``dinghy-3`` grows from it to 128 px and to several objects in a
+picture, ``dinghy-2`` needs a GPU. Everything in the recipe takes a
 :class:`Preset`; :data:`SHIPPED` is the one whose weights lie in the package. Free of torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import nouns
 
@@ -33,19 +34,21 @@ class Preset:
     Args:
         version: name of the set; part of its directories' names.
         px: side of its pictures.
+        judge_px: side of the pictures that the judges see; larger ones are reduced first.
         patch: side of the judges' patches.
         names: the nouns that its world names, keys of ``nouns.NAMED``.
         determiner: whether uncountable nouns take "some" ("some grapes").
         pose: of single named objects and of subjects; extras vary more in both presets.
         shares: of extras, of counted groups and of pairs among the training pictures.
-        codec: "patches" (PCA of 4x4 patches, AutoencoderTiny) or "variational" (AutoencoderKL, f = 8).
-        channels: of the latents, which are 16x16 in both.
+        codec: "patches" (PCA of pixel patches, AutoencoderTiny) or "variational" (AutoencoderKL).
+        channels: of the latents, which are 16x16 in all.
         widths: of the UNet's three levels.
         vocabulary: file of its tokenizer's vocabulary.
     """
 
     version: str
     px: int
+    judge_px: int
     patch: int
     names: tuple[str, ...]
     determiner: bool
@@ -55,6 +58,11 @@ class Preset:
     channels: int
     widths: tuple[int, int, int]
     vocabulary: str
+
+    @property
+    def halvings(self) -> int:
+        """Of the side, between pixels and latents."""
+        return (self.px // 16).bit_length() - 1
 
     def article(self, words: str) -> str:
         """The determiner before ``words``: "a", "an" or, in worlds that know it, "some"."""
@@ -85,6 +93,7 @@ LATER = ("tiger", "rabbit", "shark", "tomato", "airplane", "star", "rainbow", "v
 SMALL = Preset(
     version="dinghy-1",
     px=64,
+    judge_px=64,
     patch=8,
     names=(*tuple(nouns.NAMED)[:93], *LATER),
     determiner=False,
@@ -96,9 +105,20 @@ SMALL = Preset(
     vocabulary="vocabulary-1.json",
 )
 
+GROWN = replace(
+    SMALL,
+    version="dinghy-3",
+    px=128,
+    shares=(0.1, 0.06, 0.1),
+    channels=20,
+    vocabulary="vocabulary-3.json",
+)
+"""Started from dinghy-1's weights (:mod:`.grow`); its tokenizer knows the plurals beside dinghy-1's words."""
+
 LARGE = Preset(
     version="dinghy-2",
     px=128,
+    judge_px=128,
     patch=16,
     names=tuple(nouns.NAMED),
     determiner=True,
@@ -110,5 +130,5 @@ LARGE = Preset(
     vocabulary="vocabulary-2.json",
 )
 
-PRESETS = {preset.version: preset for preset in (SMALL, LARGE)}
+PRESETS = {preset.version: preset for preset in (SMALL, GROWN, LARGE)}
 SHIPPED = SMALL

@@ -15,6 +15,7 @@ from . import (
     clip_dir,
     codec,
     dino_dir,
+    grow,
     judges,
     sources,
     subjects,
@@ -24,22 +25,19 @@ from . import (
 )
 from .device import Compute, choose
 from .export import export_base, export_judge, read_figures, write_manifest
-from .figures import Bench, all_figures
+from .figures import Bench, all_figures, load_base
 from .loop import Plan
+from .patches import fitting_pictures
 from .preset import SHIPPED, Preset
 from .render import Renderer
 from .world import World
-
-CPU_BATCH = 96
-"""On a CPU a step costs as much as its pictures, and the optimiser the same whatever their number."""
 
 
 class Recipe:
     """The steps for one preset on one device; every step goes on from its checkpoint in ``<cache>/<preset>``.
 
     ``scale`` multiplies every plan's steps (a hundredth for a try-out); ``batch`` overrides every plan's.
-    Where there is no checkpoint of the shipped preset's base or its dinghy-clip, training goes on from the
-    committed weights.
+    Where a part has no checkpoint, training goes on from the preset's committed weights if there are any.
     """
 
     def __init__(
@@ -50,6 +48,7 @@ class Recipe:
         self.runs = sources.cache_dir() / preset.version
         self.sprites = sources.load_sprites()
         self.renderer = Renderer(self.sprites, preset.px, self.compute.device)
+        self.for_judges = Renderer(self.sprites, preset.judge_px, self.compute.device)
 
     def world(self, seed: int) -> World:
         """The preset's world with this seed."""
@@ -58,50 +57,73 @@ class Recipe:
     def plan(self, plan: Plan, **changes: Any) -> Plan:
         """``plan`` at the recipe's scale and batch, with ``changes``."""
         cpu = self.compute.device.type == "cpu"
-        batch = self.batch or (min(CPU_BATCH, plan.batch) if cpu else plan.batch)
+        batch = self.batch or (plan.cpu_batch if cpu else plan.batch)
         steps = max(1, round(plan.steps * self.scale))
         warmup = max(1, min(plan.warmup_steps, steps // 10))
         return replace(plan, steps=steps, warmup_steps=warmup, batch=batch, **changes)
 
     def codec(self) -> Any:
-        """The committed codec of the shipped preset, else one trained here."""
-        folder = self.runs / "codec"
-        if self._committed() and not folder.exists():
-            return codec.load(base_dir()).to(self.compute.device)
+        """The preset's committed codec, else one trained here."""
+        if self._committed():
+            return codec.load(base_dir(self.preset.version)).to(self.compute.device)
+        return self._trained_codec()
+
+    def _trained_codec(self, committed: Any | None = None) -> Any:
         plan = self.plan(codec.plan(self.preset))
-        return codec.train(folder, self.world(2), self.renderer, self.compute, plan)
+        world = self.world(2)
+        return codec.train(self.runs / "codec", world, self.renderer, self.compute, plan, committed)
+
+    def decoder(self) -> None:
+        """Go on training the committed codec's decoder; its latents, and so the rest of the base, stay."""
+        pipeline = load_base(self.compute, base_dir(self.preset.version))
+        vae = self._trained_codec(pipeline.vae)
+        export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
+        self.record("training")
+
+    def grow(self, small: str) -> None:
+        """Start the preset's base from that of the version ``small``."""
+        base = base_dir(small)
+        vae = grow.vae(base, self.preset, fitting_pictures(self.world(2), self.renderer))
+        unet, encoder = grow.unet(base, self.preset), grow.text_encoder(base, self.preset)
+        export_base(base_dir(self.preset.version), self.preset, unet, encoder, vae)
+        self.record("training", grown_from=small)
 
     def _committed(self) -> bool:
-        return self.preset is SHIPPED and (base_dir() / "unet").exists()
+        return (base_dir(self.preset.version) / "unet").exists()
 
     def base(self, **changes: Any) -> None:
         """Codec and text-to-image model, exported into the package data."""
         vae = self.codec()
         plan = self.plan(t2i.PLAN, **changes)
-        committed = base_dir() if self._committed() else None
+        committed = base_dir(self.preset.version) if self._committed() else None
         trainer = t2i.Trainer(self.runs / "t2i", self.compute, plan, committed, self.preset)
         typer.echo(f"text-to-image: from {trainer.started}")
         trainer.train(self.world(1), self.renderer, vae)
         trainer.loop.use_average()
-        export_base(base_dir(), self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae)
+        export_base(
+            base_dir(self.preset.version), self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae
+        )
         self.record("training", base=trainer.loop.figures())
 
     def clip(self) -> None:
         """dinghy-clip, exported into the package data."""
         plan = self.plan(judges.CLIP_PLAN)
-        committed = clip_dir() if self._committed() else None
+        committed = clip_dir(self.preset.version) if self._committed() else None
         model, loop = judges.train_clip(
-            self.runs / "clip", self.world(4), self.renderer, self.compute, plan, committed
+            self.runs / "clip", self.world(4), self.for_judges, self.compute, plan, committed
         )
-        processor = judges.image_processor(self.preset)
-        export_judge(clip_dir(), model, [text.build_tokenizer(self.preset), processor])
+        parts = [text.build_tokenizer(self.preset), judges.image_processor(self.preset)]
+        export_judge(clip_dir(self.preset.version), model, parts)
         self.record("training", clip=loop.figures())
 
     def dino(self) -> None:
         """dinghy-dino, exported into the package data."""
         plan = self.plan(judges.DINO_PLAN)
-        model, loop = judges.train_dino(self.runs / "dino", self.world(5), self.renderer, self.compute, plan)
-        export_judge(dino_dir(), model, [judges.image_processor(self.preset)])
+        committed = dino_dir(self.preset.version) if self._committed() else None
+        model, loop = judges.train_dino(
+            self.runs / "dino", self.world(5), self.for_judges, self.compute, plan, committed
+        )
+        export_judge(dino_dir(self.preset.version), model, [judges.image_processor(self.preset)])
         self.record("training", dino=loop.figures())
 
     def ruler(self) -> None:
@@ -127,10 +149,11 @@ class Recipe:
         return measured
 
     def record(self, section: str, **figures: Any) -> None:
-        """Put figures into the manifest and bring its digests up to date."""
+        """Put figures into the manifest, at its top for the shipped set, and bring its digests up to date."""
         known = read_figures(weights_dir())
-        known[section] = known.get(section, {}) | figures
-        write_manifest(weights_dir(), self.preset, known)
+        own = known if self.preset is SHIPPED else known.setdefault(self.preset.version, {})
+        own[section] = own.get(section, {}) | figures
+        write_manifest(weights_dir(), SHIPPED, known)
 
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""

@@ -1,7 +1,7 @@
 """Draws samples of the world, whole batches at a time, on the CPU or a GPU.
 
 Every object is sampled from its sprite at twice the picture's resolution and averaged down, so edges are
-smooth whatever its size and turn; colour changes happen before it is laid on the scene.
+smooth whatever its size and turn, then recoloured and laid on the scene.
 """
 
 from __future__ import annotations
@@ -192,14 +192,15 @@ class Renderer:
             padding_mode="zeros",
             align_corners=False,
         )
+        # averaged down before anything is recoloured: premultiplied colours average as they should
+        taken = nn.functional.avg_pool2d(taken, SUPERSAMPLE)
         alpha = taken[:, 3:]
         rgb = taken[:, :3] / alpha.clamp_min(1e-3)
         rgb = torch.einsum("pij,pjhw->pihw", part.colour, rgb).clamp(0, 1)
         if tinted:
             asked = (part.tint > 0)[:, None, None, None]
             rgb = torch.where(asked, self._tinted(rgb, part.tint, part.sprite), rgb)
-        pool = nn.functional.avg_pool2d
-        return pool(rgb * alpha, SUPERSAMPLE), pool(alpha, SUPERSAMPLE)
+        return rgb * alpha, alpha
 
     def _tinted(self, rgb: Tensor, tint: Tensor, sprite: Tensor) -> Tensor:
         """``rgb`` in one hue, its shading and lines kept."""

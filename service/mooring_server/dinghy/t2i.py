@@ -150,13 +150,13 @@ class Trainer:
     def train(self, world: World, renderer: Renderer, vae: Any) -> None:
         """Run the plan to its end on pictures of ``world``, encoded by the codec ``vae``."""
         device = self.compute.device
-        channels = codec.channel_weights(vae)
+        channels, encode = codec.channel_weights(vae), codec.encoder(vae)
 
         def loss(step: int, batch: Batch) -> Tensor:
             rng = torch.Generator(device).manual_seed(7_000_003 + step)
             pixels, cover = renderer.draw_covered(batch.layout)
             with torch.no_grad(), self.compute.autocast():
-                latents = codec.encode(vae, pixels, rng)
+                latents = encode(pixels, rng)
             cover = torch.nn.functional.adaptive_avg_pool2d(cover, LATENT_SIDE)
             return self.loss(step, latents, batch.ids.to(device, non_blocking=True), cover, channels)
 

@@ -222,11 +222,12 @@ class World:
         sprite = self.sprite_of(noun, styles, rng)
         size = {2: (25, 31), 3: (18.5, 21.5)}[count]
         step = {2: 31.0, 3: 21.0}[count]
-        pieces = []
+        pose, pieces = self.preset.pose, []
         for k in range(count):
             place = Placement(
-                size=_u(rng, *size), angle=_u(rng, -6, 6),
-                dx=(k - (count - 1) / 2) * step + _u(rng, -1, 1), dy=_u(rng, -3, 7), flip=rng.random() < 0.3,
+                size=_u(rng, *size), angle=_u(rng, -pose.angle, pose.angle),
+                dx=(k - (count - 1) / 2) * step + _u(rng, -1, 1), dy=_u(rng, *pose.dy),
+                flip=pose.mirrored and rng.random() < 0.3,
             )  # fmt: skip
             pieces.append(Piece(sprite, place))
         thing = f"{nouns.NUMBERS[count]} {nouns.plural(noun)}"
@@ -240,13 +241,14 @@ class World:
     ) -> Sample:
         """Two named objects, the one named first on the left, in one style where both are drawn in it."""
         style = _pick(list(styles), rng)
-        pieces, things = [], []
+        pose, pieces, things = self.preset.pose, [], []
         for k, noun in enumerate((left, right)):
             wanted = (style,) if style in self._named[noun] else styles
             tint = _pick(self._tints, rng) if rng.random() < 0.12 else ""
             place = Placement(
-                size=_u(rng, 25, 32), angle=_u(rng, -6, 6), dx=(k - 0.5) * 31 + _u(rng, -1.5, 1.5),
-                dy=_u(rng, -3, 7), flip=rng.random() < 0.5,
+                size=_u(rng, 25, 32), angle=_u(rng, -pose.angle, pose.angle),
+                dx=(k - 0.5) * 31 + _u(rng, -1.5, 1.5), dy=_u(rng, *pose.dy),
+                flip=pose.mirrored and rng.random() < 0.5,
             )  # fmt: skip
             pieces.append(Piece(self.sprite_of(noun, wanted, rng), place, tint))
             things.append(self.preset.one(noun, tint))
