@@ -11,15 +11,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 from mooring_server import dinghy
 from mooring_server.dinghy import codec, nouns
-from mooring_server.dinghy.preset import SHIPPED
+from mooring_server.dinghy.preset import GROWN, SHIPPED
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 
+@pytest.fixture(scope="module", params=[SHIPPED, GROWN], ids=lambda preset: preset.version)
+def preset(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipeline():
-    pipe = StableDiffusionPipeline.from_pretrained(dinghy.base_dir(), local_files_only=True)
+def pipeline(preset):
+    folder = dinghy.base_dir(preset.version)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -43,7 +49,7 @@ def test_manifest_matches_every_file():
 
 def test_all_weights_are_fp16_safetensors():
     files = list(dinghy.weights_dir().rglob("*.safetensors"))
-    assert len(files) == 5
+    assert len(files) == 5 + 3  # of dinghy-1, and of dinghy-3, which has no judges of its own
     for path in files:
         with safe_open(path, "pt") as tensors:
             kinds = {tensors.get_tensor(k).dtype for k in tensors.keys()}  # noqa: SIM118 - not a dict
@@ -56,7 +62,7 @@ def test_no_configuration_says_where_it_was_made():
         assert "_name_or_path" not in path.read_text(), path
 
 
-def test_base_loads_as_stable_diffusion_and_draws(pipeline):
+def test_base_loads_as_stable_diffusion_and_draws(pipeline, preset):
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     generator = torch.Generator().manual_seed(1)
     out = pipeline(
@@ -66,7 +72,7 @@ def test_base_loads_as_stable_diffusion_and_draws(pipeline):
         generator=generator,
         output_type="np",
     ).images
-    assert out.shape == (2, SHIPPED.px, SHIPPED.px, 3)
+    assert out.shape == (2, preset.px, preset.px, 3)
     assert np.isfinite(out).all()
     # snow is brighter than nothing at all, and neither picture is flat grey
     assert out.std(axis=(1, 2, 3)).min() > 0.08
@@ -85,9 +91,9 @@ def test_same_seed_same_picture(pipeline):
     assert np.array_equal(*pictures)
 
 
-def test_codec_restores_photos_at_30_db(pipeline):
+def test_codec_restores_photos_at_30_db(pipeline, preset):
     photos = [Image.open(s.photos[0]).convert("RGB") for s in dinghy.held_out_subjects()]
-    small = np.stack([np.asarray(p.resize((SHIPPED.px,) * 2, Image.Resampling.BOX)) for p in photos])
+    small = np.stack([np.asarray(p.resize((preset.px,) * 2, Image.Resampling.BOX)) for p in photos])
     pixels = torch.from_numpy(small).permute(0, 3, 1, 2).float() / 255
     assert codec.psnr(pipeline.vae, pixels) > 30
 
@@ -133,7 +139,8 @@ def test_dino_tells_held_out_subjects_apart():
 
 
 def test_shipped_tokenizer_knows_the_world():
-    for folder in (dinghy.base_dir() / "tokenizer", dinghy.clip_dir()):
+    grown = dinghy.base_dir(GROWN.version) / "tokenizer"
+    for folder in (dinghy.base_dir() / "tokenizer", dinghy.clip_dir(), grown):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         for noun in SHIPPED.names:
             assert len(tokenizer.tokenize(noun)) == len(noun.split())

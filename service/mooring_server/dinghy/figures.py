@@ -95,12 +95,12 @@ def relation_asks(preset: Preset, count: int, seed: int = 2025) -> list[Ask]:
     return asks
 
 
-def load_base(compute: Compute, directory: Path | None = None) -> Any:
-    """The shipped base as a plain StableDiffusionPipeline, in eval mode and silent."""
+def load_base(compute: Compute, preset: Preset) -> Any:
+    """The preset's base as a plain StableDiffusionPipeline, in eval mode and silent."""
     from diffusers import StableDiffusionPipeline
 
     kind: Any = StableDiffusionPipeline  # diffusers ships no types
-    pipeline = kind.from_pretrained(directory or base_dir(), local_files_only=True)
+    pipeline = kind.from_pretrained(base_dir(preset.version), local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     plain_attention(compute, pipeline.unet)
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
@@ -209,13 +209,11 @@ def side_by_side(true: Picture, made: Picture, columns: int = 10) -> Image.Image
     return grid(np.concatenate(rows), columns)
 
 
-def measure_base(
-    bench: Bench, count: int, out: Path, directory: Path | None = None, guidance: float = 4.0
-) -> dict[str, Any]:
+def measure_base(bench: Bench, count: int, out: Path, guidance: float = 4.0) -> dict[str, Any]:
     """Shares right on ``count`` fresh prompts of one object and 0.4 as many relations."""
     asks, relations = fresh_asks(bench.preset, count), relation_asks(bench.preset, count * 2 // 5)
     every = [*asks, *relations]
-    pipeline = load_base(bench.compute, directory or base_dir(bench.preset.version))
+    pipeline = load_base(bench.compute, bench.preset)
     made = generate(bench, pipeline, [a.prompt for a in every], guidance=guidance)
     true = bench.renderer.pictures(true_samples(bench.world, every))
     # The two sets share their prompts, which biases the estimate: what counts is the excess over
@@ -253,7 +251,7 @@ def measure_codec(bench: Bench, count: int = 400) -> dict[str, float]:
     """PSNR in dB of the shipped codec on fresh training-like scenes and on scenes of held-out subjects."""
     from .codec import psnr
 
-    vae = load_base(bench.compute, base_dir(bench.preset.version)).vae
+    vae = load_base(bench.compute, bench.preset).vae
     rng = np.random.default_rng(7)
     world = bench.world_of(7)
     held = [

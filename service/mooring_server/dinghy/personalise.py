@@ -51,7 +51,6 @@ def train_lora(
     batch: int = 4,
     targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
     seed: int = 0,
-    directory: Path | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """An unprotected LoRA and a placeholder embedding on the photos.
 
@@ -61,7 +60,7 @@ def train_lora(
 
     device = bench.compute.device
     torch.manual_seed(seed)
-    pipeline = load_base(bench.compute, directory)
+    pipeline = load_base(bench.compute, bench.preset)
     unet, encoder, tokenizer, vae = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer, pipeline.vae
     for module in (unet, encoder, vae):
         module.requires_grad_(False)

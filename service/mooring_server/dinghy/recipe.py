@@ -75,7 +75,7 @@ class Recipe:
 
     def decoder(self) -> None:
         """Go on training the committed codec's decoder; its latents, and so the rest of the base, stay."""
-        pipeline = load_base(self.compute, base_dir(self.preset.version))
+        pipeline = load_base(self.compute, self.preset)
         vae = self._trained_codec(pipeline.vae)
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
         self.record("training")
