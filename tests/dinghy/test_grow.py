@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from mooring_server.dinghy import grow, patches, text
-from mooring_server.dinghy.preset import GROWN, SMALL
+import typer
+from mooring_server.dinghy import grow, patches, sources, text
+from mooring_server.dinghy.preset import GROWN, LARGE, SMALL
+from mooring_server.dinghy.recipe import Recipe
 from mooring_server.dinghy.t2i import build_unet
 from torch import nn
 
@@ -79,3 +81,18 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="bias: nothing"):
         grow.widen({"weight": state["weight"]}, model)
     assert torch.equal(model.weight, state["weight"])
+
+
+@pytest.mark.parametrize(
+    ("preset", "small"), [(GROWN, "dinghy-2"), (GROWN, "dinghy-9"), (SMALL, "dinghy-1"), (LARGE, "dinghy-1")]
+)
+def test_only_what_fits_grows(sprites, monkeypatch, preset, small):
+    monkeypatch.setattr(sources, "load_sprites", lambda: sprites)
+    with pytest.raises(typer.BadParameter, match="does not grow from"):
+        Recipe(preset, "cpu").grow(small)
+
+
+def test_only_a_committed_codec_of_patches_trains_its_decoder_alone(sprites, monkeypatch):
+    monkeypatch.setattr(sources, "load_sprites", lambda: sprites)
+    with pytest.raises(typer.BadParameter, match="dinghy-2 has no committed codec"):
+        Recipe(LARGE, "cpu").decoder()

@@ -121,13 +121,17 @@ def personalise(
     steps: Annotated[list[int] | None, typer.Option(help="Moments to look at; repeatable.")] = None,
     preset: Version = DEFAULT,
     device: Device = "",
-    out: Annotated[Path, typer.Option(help="The sheet to write.")] = IMAGES / "dinghy-personalised.png",
+    out: Annotated[
+        Path | None, typer.Option(help="The sheet to write; by default in docs/images, named by the preset.")
+    ] = None,
 ) -> None:
     """Train plain LoRAs of held-out subjects; is each recognised among twenty look-alikes in new scenes?"""
     from . import personalise as check
+    from .figures import sheet_name
 
     recipe = _recipe(preset, device)
-    table = check.measure(recipe.bench(), names or list(check.EIGHT), out, moments=steps or (200, 400, 800))
+    sheet = out or IMAGES / f"{sheet_name(recipe.preset)}-personalised.png"
+    table = check.measure(recipe.bench(), names or list(check.EIGHT), sheet, moments=steps or (200, 400, 800))
     recipe.record("personalised", **table)
     typer.echo(json.dumps(table, indent=1))
 

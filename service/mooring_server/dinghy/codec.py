@@ -72,7 +72,7 @@ def encoder(codec: Any) -> Encode:
         return lambda pixels, rng: encode(codec, pixels, rng)
     known: Any = codec  # diffusers ships no types
     pca, factor = patches.read_pca(known), known.config.scaling_factor
-    return lambda pixels, _: factor * pca.encode(patches.to_features(pixels, pca.stages))
+    return lambda pixels, _: factor * pca.encode(patches.to_features(pixels, pca.stages)).float()
 
 
 def encode(codec: Any, pixels: Tensor, rng: torch.Generator | None = None) -> Tensor:

@@ -249,9 +249,9 @@ def measure_base(bench: Bench, count: int, out: Path, guidance: float = 4.0) -> 
 
 def measure_codec(bench: Bench, count: int = 400) -> dict[str, float]:
     """PSNR in dB of the shipped codec on fresh training-like scenes and on scenes of held-out subjects."""
-    from .codec import psnr
+    from .codec import load, psnr
 
-    vae = load_base(bench.compute, bench.preset).vae
+    vae = load(base_dir(bench.preset.version)).to(bench.compute.device)
     rng = np.random.default_rng(7)
     world = bench.world_of(7)
     held = [

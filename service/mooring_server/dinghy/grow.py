@@ -84,7 +84,7 @@ def vae(small: Path, preset: Preset, pixels: Tensor) -> Any:
     # convolution to pixels; before them the old layers with one more doubling
     enlarge, to_pixels = new[-2:]
     for mine, theirs in zip([*new[: len(old) - 1], to_pixels], old, strict=True):
-        if isinstance(mine, nn.Module) and mine.state_dict():
+        if mine.state_dict():
             widen(theirs.state_dict(), mine)
     with torch.no_grad():
         nn.init.dirac_(enlarge.weight)

@@ -131,9 +131,9 @@ def _doubled(half: Pca, stages: int) -> Tensor:
     return 2 * torch.as_tensor(half.basis) @ to_features(averaged, stages - 1)[:, :, 0, 0].T
 
 
-def fit_halves(pixels: Tensor, stages: int, channels: int, coarse: int = COARSE) -> Pca:
-    """The PCA of pictures ``[N, 3, H, W]`` whose first ``coarse`` channels are that of their halves."""
-    half = fit_pca(nn.functional.avg_pool2d(pixels, 2), stages - 1, coarse)
+def fit_halves(pixels: Tensor, stages: int, channels: int) -> Pca:
+    """The PCA of pictures ``[N, 3, H, W]`` whose first ``COARSE`` channels are that of their halves."""
+    half = fit_pca(nn.functional.avg_pool2d(pixels, 2), stages - 1, COARSE)
     return fit_pca(pixels, stages, channels, half)
 
 
@@ -192,8 +192,8 @@ def channel_weights(vae: Any) -> Tensor:
 
     The PCA's basis is orthonormal: a channel's error counts by the square of what ``FLATTEN`` divided it by.
     """
-    last = [m for m in vae.encoder.modules() if isinstance(m, nn.Conv2d)][-1]
-    weights = last.weight.detach()[:, :, 1, 1].square().sum(1).reciprocal()
+    gain = torch.as_tensor(read_pca(vae).gain, dtype=torch.float32, device=vae.device)
+    weights = gain.square().reciprocal()
     return weights / weights.mean()
 
 

@@ -2,7 +2,7 @@
 
 ``dinghy-1`` is what two CPU cores can train, ``dinghy-3`` grows from it to 128 px and to several objects in a
 picture, ``dinghy-2`` needs a GPU. Everything in the recipe takes a
-:class:`Preset`; :data:`SHIPPED` is the one whose weights lie in the package. Free of torch.
+:class:`Preset`; :data:`SHIPPED` is the one that is used unless another is named. Free of torch.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .export import export_base, export_judge, read_figures, write_manifest
 from .figures import Bench, all_figures, load_base
 from .loop import Plan
 from .patches import fitting_pictures
-from .preset import SHIPPED, Preset
+from .preset import PRESETS, SHIPPED, Preset
 from .render import Renderer
 from .world import World
 
@@ -48,7 +49,11 @@ class Recipe:
         self.runs = sources.cache_dir() / preset.version
         self.sprites = sources.load_sprites()
         self.renderer = Renderer(self.sprites, preset.px, self.compute.device)
-        self.for_judges = Renderer(self.sprites, preset.judge_px, self.compute.device)
+
+    @cached_property
+    def for_judges(self) -> Renderer:
+        """Draws at the size that judges see."""
+        return Renderer(self.sprites, self.preset.judge_px, self.compute.device)
 
     def world(self, seed: int) -> World:
         """The preset's world with this seed."""
@@ -75,6 +80,8 @@ class Recipe:
 
     def decoder(self) -> None:
         """Go on training the committed codec's decoder; its latents, and so the rest of the base, stay."""
+        if self.preset.codec != "patches" or not self._committed():
+            raise typer.BadParameter(f"{self.preset.version} has no committed codec of patches to go on from")
         pipeline = load_base(self.compute, self.preset)
         vae = self._trained_codec(pipeline.vae)
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
@@ -82,7 +89,14 @@ class Recipe:
 
     def grow(self, small: str) -> None:
         """Start the preset's base from that of the version ``small``."""
-        base = base_dir(small)
+        base, half = base_dir(small), PRESETS.get(small)
+        alike = half is not None and half.codec == self.preset.codec == "patches"
+        if half is None or not alike or half.halvings != self.preset.halvings - 1:
+            raise typer.BadParameter(
+                f"{self.preset.version} does not grow from {small!r}, only from half its side"
+            )
+        if not (base / "unet").exists():
+            raise typer.BadParameter(f"{small} has no committed base")
         vae = grow.vae(base, self.preset, fitting_pictures(self.world(2), self.renderer))
         unet, encoder = grow.unet(base, self.preset), grow.text_encoder(base, self.preset)
         export_base(base_dir(self.preset.version), self.preset, unet, encoder, vae)
@@ -95,35 +109,33 @@ class Recipe:
         """Codec and text-to-image model, exported into the package data."""
         vae = self.codec()
         plan = self.plan(t2i.PLAN, **changes)
-        committed = base_dir(self.preset.version) if self._committed() else None
-        trainer = t2i.Trainer(self.runs / "t2i", self.compute, plan, committed, self.preset)
+        folder = base_dir(self.preset.version)
+        trainer = t2i.Trainer(self.runs / "t2i", self.compute, plan, folder, self.preset)
         typer.echo(f"text-to-image: from {trainer.started}")
         trainer.train(self.world(1), self.renderer, vae)
         trainer.loop.use_average()
-        export_base(
-            base_dir(self.preset.version), self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae
-        )
+        export_base(folder, self.preset, trainer.unet.eval(), trainer.encoder.eval(), vae)
         self.record("training", base=trainer.loop.figures())
 
     def clip(self) -> None:
         """dinghy-clip, exported into the package data."""
         plan = self.plan(judges.CLIP_PLAN)
-        committed = clip_dir(self.preset.version) if self._committed() else None
+        folder = clip_dir(self.preset.version)
         model, loop = judges.train_clip(
-            self.runs / "clip", self.world(4), self.for_judges, self.compute, plan, committed
+            self.runs / "clip", self.world(4), self.for_judges, self.compute, plan, folder
         )
         parts = [text.build_tokenizer(self.preset), judges.image_processor(self.preset)]
-        export_judge(clip_dir(self.preset.version), model, parts)
+        export_judge(folder, model, parts)
         self.record("training", clip=loop.figures())
 
     def dino(self) -> None:
         """dinghy-dino, exported into the package data."""
         plan = self.plan(judges.DINO_PLAN)
-        committed = dino_dir(self.preset.version) if self._committed() else None
+        folder = dino_dir(self.preset.version)
         model, loop = judges.train_dino(
-            self.runs / "dino", self.world(5), self.for_judges, self.compute, plan, committed
+            self.runs / "dino", self.world(5), self.for_judges, self.compute, plan, folder
         )
-        export_judge(dino_dir(self.preset.version), model, [judges.image_processor(self.preset)])
+        export_judge(folder, model, [judges.image_processor(self.preset)])
         self.record("training", dino=loop.figures())
 
     def ruler(self) -> None:
