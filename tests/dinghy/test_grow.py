@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import typer
-from mooring_server.dinghy import grow, patches, sources, text
+from mooring_server.dinghy import grow, judges, patches, sources, text
 from mooring_server.dinghy.preset import GROWN, LARGE, SMALL
 from mooring_server.dinghy.recipe import Recipe
 from mooring_server.dinghy.t2i import build_unet
@@ -55,6 +55,25 @@ def test_old_prompts_read_as_before_and_plurals_as_their_singulars(small):
     assert len(many) == 1
     assert many[0] >= old.config.vocab_size
     assert torch.equal(table[many[0]], table[one].mean(0))
+
+
+@torch.no_grad()
+def test_the_judge_reads_old_captions_as_before_and_plurals_as_their_singulars(tmp_path):
+    torch.manual_seed(0)
+    old = judges.build_clip(SMALL).eval()
+    old.save_pretrained(tmp_path)
+    new, tokenizer = grow.clip(tmp_path, GROWN).eval(), text.build_tokenizer(GROWN)
+    ids = text.tokens(tokenizer, ["a photo of a red fox in the snow", "a photo of a penguin on the beach"])
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    for found, expected in zip(
+        judges.clip_features(new, ids, pixels), judges.clip_features(old, ids, pixels), strict=True
+    ):
+        assert torch.equal(found, expected)
+    many = text.tokens(tokenizer, ["a photo of a penguins on the beach"])
+    assert not torch.equal(many, ids[1:])
+    assert torch.equal(
+        judges.clip_features(new, many, pixels)[0], judges.clip_features(new, ids[1:], pixels)[0]
+    )
 
 
 @torch.no_grad()

@@ -130,3 +130,11 @@ def test_evaluation_prompts_use_known_words_and_new_scenes():
     assert all("<rocket> toy" in p and not unknown_words(p, ("<rocket>",)) for p in prompts)
     seen = [scene_words(s) for s in ("wood", "grass")]
     assert not any(p.endswith(tuple(seen)) for p in prompts)
+
+
+def test_generic_prompts_dealt_out_by_turns_cover_every_scene_twice_over():
+    prompts = generic_prompts(168)
+    assert len(set(prompts)) == 168
+    for half in (prompts[::2], prompts[1::2]):
+        for place in nouns.SCENES.values():
+            assert sum(prompt.endswith(place) for prompt in half) in (5, 6), place

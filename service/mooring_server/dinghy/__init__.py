@@ -89,14 +89,15 @@ def new_scene_prompts(class_noun: str, placeholder: str = "") -> list[str]:
 def generic_prompts(count: int = 60) -> list[str]:
     """Prompts about things the base knows, none of them a subject: what an adapter must not break.
 
-    Deterministic, spread over the nouns and scenes (and every fifth with a colour).
+    Deterministic, spread over the nouns and scenes, every fifth with a colour. Two neighbours share their
+    scene and differ in their noun: dealt out by turns, each half gets every scene.
     """
     names, places, tints = SHIPPED.names, list(nouns.SCENES), list(nouns.TINTS)
     prompts = []
     for i in range(count):
         noun = names[(i * 37) % len(names)]
         words = f"{tints[(i // 5) % len(tints)]} {noun}" if i % 5 == 4 else noun
-        prompts.append(f"a photo of {SHIPPED.one(words)} {nouns.SCENES[places[(i * 7) % len(places)]]}")
+        prompts.append(f"a photo of {SHIPPED.one(words)} {nouns.SCENES[places[(i // 2 * 7) % len(places)]]}")
     return prompts
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .preset import SHIPPED
+
 if TYPE_CHECKING:
     from .recipe import Recipe
 
@@ -22,7 +24,7 @@ BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, 
 Sheets = Annotated[Path, typer.Option(help="Folder for the sample sheets.")]
 Count = Annotated[int, typer.Option(help="Fresh prompts of one object; 0.4 times as many of two or three.")]
 IMAGES = Path("docs/images")
-DEFAULT = "dinghy-1"
+DEFAULT = SHIPPED.version
 
 
 def _recipe(version: str, device: str, scale: float = 1.0, batch: int = 0) -> Recipe:
@@ -74,15 +76,17 @@ def decoder(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, 
 
 @app.command()
 def grow(
-    preset: Annotated[str, typer.Option(help="The set to start.")] = "dinghy-3",
-    small: Annotated[str, typer.Option(help="The smaller set that it starts from.")] = DEFAULT,
+    preset: Annotated[str, typer.Option(help="The set to start.")] = DEFAULT,
+    small: Annotated[str, typer.Option(help="The smaller set that it starts from.")] = "dinghy-1",
+    judges: Annotated[bool, typer.Option("--judges", help="Start its judges instead of its base.")] = False,
     device: Device = "",
 ) -> None:
-    """Start a base from a smaller set's: what it has learnt stays, what is new begins at zero.
+    """Start a base, or judges, from a smaller set's: what they have learnt stays, what is new begins at zero.
 
-    The grown base draws what the small one drew, larger; `base` and `decoder` go on from it.
+    The grown base draws what the small one drew, larger; `base` and `decoder` go on from it, and `clip` and
+    `dino` from the judges.
     """
-    _recipe(preset, device).grow(small)
+    _recipe(preset, device).grow(small, only_judges=judges)
 
 
 @app.command()

@@ -29,13 +29,15 @@ def train(
     compute: Compute,
     length: Plan,
     committed: Any | None = None,
+    redraw: patches.Redraw | None = None,
 ) -> Any:
     """Train (or go on training) the codec of the world's preset in ``folder``; returns it averaged.
 
-    ``committed`` is a patch codec to start from where ``folder`` holds no checkpoint.
+    ``committed`` is a patch codec to start from where ``folder`` holds no checkpoint, ``redraw`` what a patch
+    codec's decoder is to mend.
     """
     if world.preset.codec == "patches":
-        return patches.train_codec(folder, world, renderer, compute, length, committed)
+        return patches.train_codec(folder, world, renderer, compute, length, committed, redraw)
     return vae.train_codec(folder, world, renderer, compute, length)
 
 

@@ -1,4 +1,4 @@
-"""Starts a preset's base from the exported one of a smaller: fewer words, fewer channels, half the side.
+"""Starts a preset's models from the exported ones of a smaller: fewer words, fewer channels, half the side.
 
 What the small model has learnt keeps its place and what is new starts at zero, so that the grown model draws
 at once about what the small one drew (larger, without the new detail), and training goes on from there.
@@ -67,6 +67,21 @@ def text_encoder(small: Path, preset: Preset) -> Any:
     widen(known.state_dict(), model)
     with torch.no_grad():
         name_plurals(model.get_input_embeddings().weight, tokenizer, preset, known.config.vocab_size)
+    return model
+
+
+def clip(small: Path, preset: Preset) -> Any:
+    """The preset's dinghy-clip from the exported one ``small``, whose tokens keep their numbers."""
+    from transformers import CLIPConfig, CLIPModel
+
+    exported: Any = CLIPModel
+    known, tokenizer = exported.from_pretrained(small), text.build_tokenizer(preset)
+    config, words = known.config.to_dict(), known.config.text_config.vocab_size
+    config["text_config"]["vocab_size"] = len(tokenizer)
+    model = exported(CLIPConfig.from_dict(config))
+    widen(known.state_dict(), model)
+    with torch.no_grad():
+        name_plurals(model.text_model.embeddings.token_embedding.weight, tokenizer, preset, words)
     return model
 
 

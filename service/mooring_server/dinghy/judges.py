@@ -8,6 +8,7 @@ Neither sees a held-out subject.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,15 +175,23 @@ def build_vit(preset: Preset) -> Any:
     return Dinov2Model(config)
 
 
-class Distiller(nn.Module):
-    """Student with projector and predictor, and its momentum teacher."""
+def load_dino(folder: Path) -> Any:
+    """The exported dinghy-dino in ``folder``, in float32."""
+    from transformers import Dinov2Model
 
-    def __init__(self, preset: Preset) -> None:
+    kind: Any = Dinov2Model
+    return kind.from_pretrained(folder).eval()
+
+
+class Distiller(nn.Module):
+    """Student with projector and predictor, and its momentum teacher; both begin as ``known`` if given."""
+
+    def __init__(self, preset: Preset, known: Any | None = None) -> None:
         super().__init__()
-        self.student, self.teacher = build_vit(preset), build_vit(preset)
+        self.student = build_vit(preset) if known is None else known
+        self.teacher = copy.deepcopy(self.student)
         self.project, self.teacher_project = self._head(192), self._head(192)
         self.predict = self._head(128)
-        self.teacher.load_state_dict(self.student.state_dict())
         self.teacher_project.load_state_dict(self.project.state_dict())
         for module in (self.teacher, self.teacher_project):
             module.requires_grad_(requires_grad=False)
@@ -218,14 +227,9 @@ def dino_loop(
 
     Where there is none, student and teacher start from the exported judge in ``committed``.
     """
-    from transformers import Dinov2Model
-
     torch.manual_seed(5)
-    model = Distiller(preset)
-    if committed is not None and committed.exists():
-        known = Dinov2Model.from_pretrained(committed).state_dict()
-        for part in (model.student, model.teacher):
-            part.load_state_dict(known)
+    known = load_dino(committed) if committed is not None and committed.exists() else None
+    model = Distiller(preset, known)
     model.to(compute.device)
     plain_attention(compute, model)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)

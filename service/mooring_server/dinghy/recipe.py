@@ -31,6 +31,7 @@ from .loop import Plan
 from .patches import fitting_pictures
 from .preset import PRESETS, SHIPPED, Preset
 from .render import Renderer
+from .sampling import redrawing
 from .world import World
 
 
@@ -73,22 +74,24 @@ class Recipe:
             return codec.load(base_dir(self.preset.version)).to(self.compute.device)
         return self._trained_codec()
 
-    def _trained_codec(self, committed: Any | None = None) -> Any:
-        plan = self.plan(codec.plan(self.preset))
-        world = self.world(2)
-        return codec.train(self.runs / "codec", world, self.renderer, self.compute, plan, committed)
+    def _trained_codec(self, pipeline: Any | None = None) -> Any:
+        """The codec of ``pipeline`` with its decoder trained on for what that draws, else a new one."""
+        plan, folder = self.plan(codec.plan(self.preset)), self.runs / "codec"
+        known = None if pipeline is None else pipeline.vae
+        mend = None if pipeline is None else redrawing(pipeline, self.compute)
+        return codec.train(folder, self.world(2), self.renderer, self.compute, plan, known, mend)
 
     def decoder(self) -> None:
         """Go on training the committed codec's decoder; its latents, and so the rest of the base, stay."""
         if self.preset.codec != "patches" or not self._committed():
             raise typer.BadParameter(f"{self.preset.version} has no committed codec of patches to go on from")
         pipeline = load_base(self.compute, self.preset)
-        vae = self._trained_codec(pipeline.vae)
+        vae = self._trained_codec(pipeline)
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
         self.record("training")
 
-    def grow(self, small: str) -> None:
-        """Start the preset's base from that of the version ``small``."""
+    def grow(self, small: str, *, only_judges: bool = False) -> None:
+        """Start the preset's base, or with ``only_judges`` its judges, from that of the version ``small``."""
         base, half = base_dir(small), PRESETS.get(small)
         alike = half is not None and half.codec == self.preset.codec == "patches"
         if half is None or not alike or half.halvings != self.preset.halvings - 1:
@@ -97,10 +100,26 @@ class Recipe:
             )
         if not (base / "unet").exists():
             raise typer.BadParameter(f"{small} has no committed base")
+        if only_judges:
+            self._grow_judges(small)
+            return
         vae = grow.vae(base, self.preset, fitting_pictures(self.world(2), self.renderer))
         unet, encoder = grow.unet(base, self.preset), grow.text_encoder(base, self.preset)
         export_base(base_dir(self.preset.version), self.preset, unet, encoder, vae)
         self.record("training", grown_from=small)
+
+    def _grow_judges(self, small: str) -> None:
+        """dinghy-clip with the preset's further words; dinghy-dino reads none and is taken as it is."""
+        self._export_clip(grow.clip(clip_dir(small), self.preset))
+        self._export_dino(judges.load_dino(dino_dir(small)))
+        self.record("training", judges_grown_from=small)
+
+    def _export_clip(self, model: Any) -> None:
+        parts = [text.build_tokenizer(self.preset), judges.image_processor(self.preset)]
+        export_judge(clip_dir(self.preset.version), model, parts)
+
+    def _export_dino(self, model: Any) -> None:
+        export_judge(dino_dir(self.preset.version), model, [judges.image_processor(self.preset)])
 
     def _committed(self) -> bool:
         return (base_dir(self.preset.version) / "unet").exists()
@@ -124,8 +143,7 @@ class Recipe:
         model, loop = judges.train_clip(
             self.runs / "clip", self.world(4), self.for_judges, self.compute, plan, folder
         )
-        parts = [text.build_tokenizer(self.preset), judges.image_processor(self.preset)]
-        export_judge(folder, model, parts)
+        self._export_clip(model)
         self.record("training", clip=loop.figures())
 
     def dino(self) -> None:
@@ -135,7 +153,7 @@ class Recipe:
         model, loop = judges.train_dino(
             self.runs / "dino", self.world(5), self.for_judges, self.compute, plan, folder
         )
-        export_judge(folder, model, [judges.image_processor(self.preset)])
+        self._export_dino(model)
         self.record("training", dino=loop.figures())
 
     def ruler(self) -> None:
