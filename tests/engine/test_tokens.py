@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mooring_server.engine.tokens import PromptTokenizer, words_of
 from tiny_bases import MAX_LENGTH, WORDS, tiny_tokenizer
@@ -16,6 +16,9 @@ PROMPTS = st.lists(
 
 
 @given(PROMPTS | st.text(max_size=12))
+@example("\x1f")  # blank to Python, a token to the tokenizer
+@example("")
+@example("  ")
 def test_rows_without_placeholders_are_the_tokenizers_own(prompt):
     tokens = OURS.tokenize(prompt, {})
     expected = TOKENIZER(prompt, padding="max_length", max_length=MAX_LENGTH, truncation=True)

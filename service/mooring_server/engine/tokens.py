@@ -89,10 +89,8 @@ class PromptTokenizer:
         return ids + [self._pad] * padding, [1] * len(ids) + [0] * padding
 
     def _append(self, tokens: Tokens, prompt: str, start: int, end: int) -> None:
-        text = prompt[start:end]
-        if not text.strip():
-            return
-        encoded = self._backend.encode(text, add_special_tokens=False)
+        # Also what Python takes for blank: some control characters are tokens to the tokenizer.
+        encoded = self._backend.encode(prompt[start:end], add_special_tokens=False)
         for token, (left, right) in zip(encoded.ids, encoded.offsets, strict=True):
             tokens.ids.append(token)
             tokens.spans.append((start + left, start + right))
