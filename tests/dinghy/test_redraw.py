@@ -58,9 +58,10 @@ def test_a_decoder_sees_half_of_its_pictures_as_the_model_draws_them(sprites, tm
         asked.append((tuple(latents.shape), tuple(ids.shape)))
         return latents + miss
 
-    def loss(vae, pca, pixels, noise, compute) -> torch.Tensor:
-        noises.append(noise)
-        return patches.distance(vae.decoder(noise), pixels)
+    def loss(vae, latents, pixels, compute) -> torch.Tensor:
+        pca = patches.read_pca(vae)
+        noises.append(latents - pca.encode(patches.to_features(pixels, pca.stages)))
+        return patches.distance(vae.decoder(latents), pixels)
 
     monkeypatch.setattr(patches, "decoder_loss", loss)
     patches.train_codec(

@@ -143,6 +143,8 @@ def test_dino_tells_held_out_subjects_apart(preset):
 def test_shipped_tokenizer_knows_the_world(preset):
     for folder in (dinghy.base_dir(preset.version) / "tokenizer", dinghy.clip_dir(preset.version)):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        for noun in preset.names:
+            assert len(tokenizer.tokenize(noun)) == len(noun.split())
         for word in preset.words():
             assert len(tokenizer.tokenize(word)) == 1, word
         assert tokenizer.add_tokens(["<rocket>"]) == 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .preset import SHIPPED
+from .preset import PRESETS, SHIPPED
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -28,7 +28,6 @@ DEFAULT = SHIPPED.version
 
 
 def _recipe(version: str, device: str, scale: float = 1.0, batch: int = 0) -> Recipe:
-    from .preset import PRESETS
     from .recipe import Recipe
 
     if version not in PRESETS:
@@ -86,7 +85,11 @@ def grow(
     The grown base draws what the small one drew, larger; `base` and `decoder` go on from it, and `clip` and
     `dino` from the judges.
     """
-    _recipe(preset, device).grow(small, only_judges=judges)
+    recipe = _recipe(preset, device)
+    if judges:
+        recipe.grow_judges(small)
+    else:
+        recipe.grow(small)
 
 
 @app.command()
@@ -146,7 +149,6 @@ def curves(preset: Version = DEFAULT, out: Sheets = IMAGES) -> None:
     from . import sources
     from .curves import draw, read_log
     from .figures import sheet_name
-    from .preset import PRESETS
 
     runs = sources.cache_dir() / preset
     logs = {p.parent.name: read_log(p) for p in sorted(runs.glob("*/log.jsonl"))}

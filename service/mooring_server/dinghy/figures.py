@@ -277,13 +277,12 @@ def _seen(bench: Bench, pictures: Iterable[Picture | Image.Image]) -> Tensor:
 @torch.no_grad()
 def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
     """Top-1 retrieval of the true caption among 100 distinct ones, on fresh scenes of the world."""
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
-    from .judges import clip_features
+    from .judges import clip_features, load_clip
 
-    kind: Any = CLIPModel
     folder = clip_dir(bench.preset.version)
-    model = kind.from_pretrained(folder).eval().to(bench.compute.device)
+    model = load_clip(folder).to(bench.compute.device)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     world = bench.world_of(8)
     hits = {"all": 0, "named": 0, "named_count": 0}
@@ -322,10 +321,9 @@ def _meaning(preset: Preset, s: Sample) -> str:
 @torch.no_grad()
 def measure_dino(bench: Bench, each: int = 28) -> dict[str, float]:
     """Nearest-neighbour subject accuracy: held-out subjects in new scenes against their shipped photos."""
-    from transformers import AutoModel
+    from .judges import load_dino
 
-    kind: Any = AutoModel
-    model = kind.from_pretrained(dino_dir(bench.preset.version)).eval().to(bench.compute.device)
+    model = load_dino(dino_dir(bench.preset.version)).to(bench.compute.device)
     world = bench.world_of(9)
 
     def features(pictures: Iterable[Picture | Image.Image]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import codec, nouns, patches, text
+from . import codec, judges, nouns, patches, text
 from .preset import Preset
 from .t2i import build_unet, load_unet
 
@@ -72,13 +72,13 @@ def text_encoder(small: Path, preset: Preset) -> Any:
 
 def clip(small: Path, preset: Preset) -> Any:
     """The preset's dinghy-clip from the exported one ``small``, whose tokens keep their numbers."""
-    from transformers import CLIPConfig, CLIPModel
+    from transformers import CLIPConfig
 
-    exported: Any = CLIPModel
-    known, tokenizer = exported.from_pretrained(small), text.build_tokenizer(preset)
+    known, tokenizer = judges.load_clip(small), text.build_tokenizer(preset)
+    # its own depth, which need not be the one that the recipe builds today
     config, words = known.config.to_dict(), known.config.text_config.vocab_size
     config["text_config"]["vocab_size"] = len(tokenizer)
-    model = exported(CLIPConfig.from_dict(config))
+    model = type(known)(CLIPConfig.from_dict(config))
     widen(known.state_dict(), model)
     with torch.no_grad():
         name_plurals(model.text_model.embeddings.token_embedding.weight, tokenizer, preset, words)

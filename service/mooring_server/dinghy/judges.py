@@ -74,6 +74,14 @@ def build_clip(preset: Preset) -> Any:
     return CLIPModel(config)
 
 
+def load_clip(folder: Path) -> Any:
+    """The exported dinghy-clip in ``folder``, in float32."""
+    from transformers import CLIPModel
+
+    kind: Any = CLIPModel
+    return kind.from_pretrained(folder).eval()
+
+
 class _Only(nn.Module):
     """A module that holds one shared parameter, to hand it to an optimiser."""
 
@@ -89,12 +97,9 @@ def clip_loop(
 
     Where there is none, it starts from the exported judge in ``committed``.
     """
-    from transformers import CLIPModel
-
     torch.manual_seed(4)
-    exported: Any = CLIPModel
-    known = committed is not None and committed.exists()
-    model = exported.from_pretrained(committed) if known else build_clip(preset)
+    known = load_clip(committed) if committed is not None and committed.exists() else None
+    model = build_clip(preset) if known is None else known
     plain_attention(compute, model.to(compute.device))
     heads = [model.visual_projection, model.text_projection, model.text_model.embeddings]
     optimisers = Optimisers(

@@ -203,12 +203,8 @@ def channel_weights(vae: Any) -> Tensor:
 # -- training the decoder ----------------------------------------------------------------------
 
 
-def decoder_loss(vae: Any, pca: Pca, pixels: Tensor, noise: Tensor, compute: Compute) -> Tensor:
-    """The distance between ``pixels`` ``[B, 3, H, W]`` in [0, 1] and their decoding.
-
-    ``noise`` ``[B, k, h, w]`` is added to the latents: the text-to-image model's are not perfect either.
-    """
-    latents = pca.encode(to_features(pixels, pca.stages)) + noise
+def decoder_loss(vae: Any, latents: Tensor, pixels: Tensor, compute: Compute) -> Tensor:
+    """The distance between ``pixels`` ``[B, 3, H, W]`` in [0, 1] and the decoding of ``[B, k, h, w]``."""
     with compute.autocast():
         out: Tensor = vae.decoder(latents)
     return distance(out, pixels)
@@ -256,15 +252,17 @@ def train_codec(
     def loss(step: int, batch: Batch) -> Tensor:
         pixels = renderer.draw(batch.layout)
         rng = torch.Generator(compute.device).manual_seed(step)
-        # Half of the pictures get noise of up to a tenth of the latents' size.
+        latents = pca.encode(to_features(pixels, pca.stages))
+        # Half of the latents get noise of up to a tenth of their size: the text-to-image model's are not
+        # perfect either.
         level = (torch.rand(size, 1, 1, 1, generator=rng, device=compute.device) * 2 - 1).clamp_min(0)
-        shape = (size, channels, pixels.shape[2] // 2**halvings, pixels.shape[3] // 2**halvings)
-        noise = 0.1 * VAE_STD * level * torch.randn(shape, generator=rng, device=compute.device)
+        noise = torch.randn(latents.shape, generator=rng, device=compute.device)
+        noisy = latents + 0.1 * VAE_STD * level * noise
         if redraw is not None:
             half = (size + 1) // 2
-            clean = pca.encode(to_features(pixels[:half], pca.stages)) / VAE_STD
-            noise[:half] = VAE_STD * (redraw(clean, batch.ids[:half].to(compute.device), rng) - clean)
-        return decoder_loss(vae, pca, pixels, noise, compute)
+            ids = batch.ids[:half].to(compute.device)
+            noisy[:half] = VAE_STD * redraw(latents[:half] / VAE_STD, ids, rng)
+        return decoder_loss(vae, noisy, pixels, compute)
 
     samples = world_samples(world, size)
     loop.run(batches(samples, loop.step, compute.workers, preset=world.preset), loss)

@@ -90,26 +90,32 @@ class Recipe:
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
         self.record("training")
 
-    def grow(self, small: str, *, only_judges: bool = False) -> None:
-        """Start the preset's base, or with ``only_judges`` its judges, from that of the version ``small``."""
-        base, half = base_dir(small), PRESETS.get(small)
+    def _check_half(self, small: str) -> None:
+        """Raise BadParameter unless the preset grows from the version ``small``."""
+        half = PRESETS.get(small)
         alike = half is not None and half.codec == self.preset.codec == "patches"
         if half is None or not alike or half.halvings != self.preset.halvings - 1:
             raise typer.BadParameter(
                 f"{self.preset.version} does not grow from {small!r}, only from half its side"
             )
-        if not (base / "unet").exists():
+        if not (base_dir(small) / "unet").exists():
             raise typer.BadParameter(f"{small} has no committed base")
-        if only_judges:
-            self._grow_judges(small)
-            return
+
+    def grow(self, small: str) -> None:
+        """Start the preset's base from that of the version ``small``."""
+        self._check_half(small)
+        base = base_dir(small)
         vae = grow.vae(base, self.preset, fitting_pictures(self.world(2), self.renderer))
         unet, encoder = grow.unet(base, self.preset), grow.text_encoder(base, self.preset)
         export_base(base_dir(self.preset.version), self.preset, unet, encoder, vae)
         self.record("training", grown_from=small)
 
-    def _grow_judges(self, small: str) -> None:
-        """dinghy-clip with the preset's further words; dinghy-dino reads none and is taken as it is."""
+    def grow_judges(self, small: str) -> None:
+        """Start the preset's judges from those of the version ``small``.
+
+        dinghy-clip gets the preset's further words; dinghy-dino reads none and is taken as it is.
+        """
+        self._check_half(small)
         self._export_clip(grow.clip(clip_dir(small), self.preset))
         self._export_dino(judges.load_dino(dino_dir(small)))
         self.record("training", judges_grown_from=small)

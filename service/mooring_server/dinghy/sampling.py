@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import codec, text
 from .device import Compute
+from .patches import Redraw
 from .render import to_uint8
 from .t2i import build_scheduler
 from .world import Picture
@@ -73,9 +74,7 @@ def _denoise(
     return latents
 
 
-def redrawing(
-    pipeline: Any, compute: Compute, guidance: float = 4.0
-) -> Callable[[Tensor, Tensor, torch.Generator], Tensor]:
+def redrawing(pipeline: Any, compute: Compute, guidance: float = 4.0) -> Redraw:
     """A function that draws the end of given pictures again: latents that ``pipeline`` might have made.
 
     It takes latents ``[B, c, h, w]`` (deviation 1), token ids ``[B, 20]`` and a generator, adds noise up to
