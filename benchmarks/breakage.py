@@ -102,9 +102,9 @@ def scene_of(prompt: str) -> str:
 
 
 def object_of(prompt: str) -> str:
-    """The noun of the world before the scene."""
+    """The noun of the world before the scene: "palm tree", where "tree" is one too."""
     thing = prompt.removesuffix(" " + nouns.SCENES[scene_of(prompt)])
-    return next(noun for noun in SHIPPED.names if thing.endswith(" " + noun))
+    return max((noun for noun in SHIPPED.names if thing.endswith(" " + noun)), key=len)
 
 
 def shares(ruler: Classifier, result: EvaluationResult, *, base: bool) -> dict[str, float]:

@@ -14,7 +14,7 @@ from mooring_server.dinghy.judges import (
     train_dino,
 )
 from mooring_server.dinghy.loop import Plan
-from mooring_server.dinghy.preset import SMALL
+from mooring_server.dinghy.preset import JUDGE_PX, SMALL
 from mooring_server.dinghy.render import Renderer
 from mooring_server.dinghy.world import World
 from transformers import Dinov2Config, Dinov2Model
@@ -33,7 +33,7 @@ def test_every_other_step_shares_scenes_in_groups(sprites):
 
 @pytest.mark.parametrize("train", [train_clip, train_dino])
 def test_a_judge_goes_on_where_it_stopped(sprites, tmp_path, train):
-    world, renderer, cpu = World(SMALL, 4, sprites), Renderer(sprites, SMALL.judge_px), choose("cpu")
+    world, renderer, cpu = World(SMALL, 4, sprites), Renderer(sprites, JUDGE_PX), choose("cpu")
 
     def run(folder, steps):
         plan = Plan(steps=steps, batch=8, warmup_steps=1, decay=1e-9)
@@ -53,9 +53,7 @@ def test_dino_goes_on_from_a_committed_judge_whatever_its_depth(tmp_path):
     )
     Dinov2Model(config).save_pretrained(tmp_path / "judge")
     committed = load_dino(tmp_path / "judge").state_dict()
-    model, loop = dino_loop(
-        tmp_path / "run", SMALL, choose("cpu"), Plan(steps=1, batch=2), tmp_path / "judge"
-    )
+    model, loop = dino_loop(tmp_path / "run", choose("cpu"), Plan(steps=1, batch=2), tmp_path / "judge")
     for part in (model.student, model.teacher):
         assert part.state_dict().keys() == committed.keys()
         assert all(torch.equal(value, committed[name]) for name, value in part.state_dict().items())

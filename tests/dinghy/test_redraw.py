@@ -64,9 +64,8 @@ def test_a_decoder_sees_half_of_its_pictures_as_the_model_draws_them(sprites, tm
         return patches.distance(vae.decoder(latents), pixels)
 
     monkeypatch.setattr(patches, "decoder_loss", loss)
-    patches.train_codec(
-        tmp_path, world, renderer, choose("cpu"), Plan(steps=2, batch=4, warmup_steps=1), redraw=redraw
-    )
+    codec, plan = patches.fit_codec(world, renderer), Plan(steps=2, batch=4, warmup_steps=1)
+    patches.train_decoder(tmp_path, codec, world, renderer, choose("cpu"), plan, redraw)
     assert asked == [((2, 12, 8, 8), (2, 20))] * 2  # with their own captions
     for noise in noises:
         expected = (patches.VAE_STD * miss).expand(2, -1, 8, 8)

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
-Version = Annotated[
-    str, typer.Option("--preset", help="dinghy-1 (64 px), dinghy-3 (128 px) or dinghy-2 (128 px, a GPU).")
-]
+Version = Annotated[str, typer.Option("--preset", help="dinghy-4 (128 px) or dinghy-1 (64 px).")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; by default a GPU where there is one.")]
 Scale = Annotated[float, typer.Option(help="Factor on every planned number of steps.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures per step; 0: the plan's, which is smaller on a CPU.")]
@@ -44,7 +42,7 @@ def train(
     count: Count = 500,
     out: Sheets = IMAGES,
 ) -> None:
-    """Everything in order: photos, ruler, codec, text-to-image model, judges, export, figures.
+    """Everything in order: photos, ruler, text-to-image model, decoder, judges, figures.
 
     Each part goes on from its checkpoint in the cache.
     """
@@ -60,7 +58,7 @@ def base(
     decay: Annotated[float, typer.Option(help="Last share of the steps over which the rate falls.")] = 0.7,
     peak: Annotated[float, typer.Option(help="Factor on the rates, to go on from trained weights.")] = 1.0,
 ) -> None:
-    """Train codec and text-to-image model and export them into the package data."""
+    """Train the text-to-image model and export it into the package data; `decoder` comes after it."""
     from .t2i import PLAN
 
     rates = {"muon_lr": peak * PLAN.muon_lr, "adam_lr": peak * PLAN.adam_lr}
@@ -69,27 +67,8 @@ def base(
 
 @app.command()
 def decoder(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
-    """Go on training the committed codec's decoder; its latents stay as they are, and so does the UNet."""
+    """Train the codec's decoder on what the base draws; its latents and the UNet stay as they are."""
     _recipe(preset, device, scale, batch).decoder()
-
-
-@app.command()
-def grow(
-    preset: Annotated[str, typer.Option(help="The set to start.")] = DEFAULT,
-    small: Annotated[str, typer.Option(help="The smaller set that it starts from.")] = "dinghy-1",
-    judges: Annotated[bool, typer.Option("--judges", help="Start its judges instead of its base.")] = False,
-    device: Device = "",
-) -> None:
-    """Start a base, or judges, from a smaller set's: what they have learnt stays, what is new begins at zero.
-
-    The grown base draws what the small one drew, larger; `base` and `decoder` go on from it, and `clip` and
-    `dino` from the judges.
-    """
-    recipe = _recipe(preset, device)
-    if judges:
-        recipe.grow_judges(small)
-    else:
-        recipe.grow(small)
 
 
 @app.command()

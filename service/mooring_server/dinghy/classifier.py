@@ -23,7 +23,7 @@ from .world import SCENE_KEYS, Picture, Sample, World
 
 TINT_LABELS = ("", *nouns.TINTS)
 COUNTS = (1, 2, 3)
-PLAN = Plan(steps=5000, batch=384, muon_lr=0.01, adam_lr=2e-3, average=0.998)
+PLAN = Plan(steps=1500, batch=384, muon_lr=0.01, adam_lr=2e-3, average=0.998)
 
 
 class Block(nn.Module):

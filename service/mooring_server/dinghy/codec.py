@@ -1,4 +1,4 @@
-"""What the rest of the recipe asks of either codec."""
+"""What the rest of the recipe asks of a codec: pixels to the UNet's latents and back."""
 
 from __future__ import annotations
 
@@ -9,86 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import patches, vae
-from .device import Compute
-from .loop import Plan
-from .preset import Preset
-from .render import Renderer
-from .world import World
-
-
-def plan(preset: Preset) -> Plan:
-    """The training plan of the preset's codec."""
-    return patches.PLAN if preset.codec == "patches" else vae.PLAN
-
-
-def train(
-    folder: Path,
-    world: World,
-    renderer: Renderer,
-    compute: Compute,
-    length: Plan,
-    committed: Any | None = None,
-    redraw: patches.Redraw | None = None,
-) -> Any:
-    """Train (or go on training) the codec of the world's preset in ``folder``; returns it averaged.
-
-    ``committed`` is a patch codec to start from where ``folder`` holds no checkpoint, ``redraw`` what a patch
-    codec's decoder is to mend.
-    """
-    if world.preset.codec == "patches":
-        return patches.train_codec(folder, world, renderer, compute, length, committed, redraw)
-    return vae.train_codec(folder, world, renderer, compute, length)
+from .patches import read_pca, to_features
 
 
 def load(base: Path) -> Any:
     """The codec of an exported base, in float32."""
-    import diffusers
-
-    name = diffusers.AutoencoderTiny.load_config(base / "vae")["_class_name"]
-    return getattr(diffusers, name).from_pretrained(base / "vae").eval()
-
-
-def channel_weights(codec: Any) -> Tensor | None:
-    """What an error of one in each channel of the latents costs in pixels, ``[c]``, mean one.
-
-    None for a variational codec, whose channels are not known to differ.
-    """
     from diffusers import AutoencoderTiny
 
-    return patches.channel_weights(codec) if isinstance(codec, AutoencoderTiny) else None
+    kind: Any = AutoencoderTiny  # diffusers ships no types
+    return kind.from_pretrained(base / "vae").eval()
 
 
-Encode = Callable[[Tensor, torch.Generator], Tensor]
+Encode = Callable[[Tensor], Tensor]
 
 
-def encoder(codec: Any) -> Encode:
-    """A function of pixels ``[B, 3, H, W]`` in [0, 1] and a generator that gives what :func:`encode` does.
+def encoder(codec: Any, device: torch.device) -> Encode:
+    """A function on ``device`` of pixels ``[B, 3, H, W]`` in [0, 1] that gives what :func:`encode` does.
 
-    A patch codec's is one product of matrices instead of its convolutions, which would take as long as a
-    training step of the UNet.
+    One product of matrices instead of the encoder's convolutions, which would take as long as a training step
+    of the UNet.
     """
-    from diffusers import AutoencoderTiny
+    pca = read_pca(codec)
+    scaled = codec.config.scaling_factor * pca.gain[:, None] * pca.basis
+    weight = torch.as_tensor(scaled, dtype=torch.float32, device=device)
+    bias = torch.as_tensor(scaled @ pca.mean, dtype=torch.float32, device=device)[None, :, None, None]
 
-    if not isinstance(codec, AutoencoderTiny):
-        return lambda pixels, rng: encode(codec, pixels, rng)
-    known: Any = codec  # diffusers ships no types
-    pca, factor = patches.read_pca(known), known.config.scaling_factor
-    return lambda pixels, _: factor * pca.encode(patches.to_features(pixels, pca.stages)).float()
+    def run(pixels: Tensor) -> Tensor:
+        return torch.einsum("kd,bdhw->bkhw", weight, to_features(pixels, pca.stages)).float() - bias
+
+    return run
 
 
-def encode(codec: Any, pixels: Tensor, rng: torch.Generator | None = None) -> Tensor:
-    """The UNet's latents (deviation 1) of ``pixels`` ``[B, 3, H, W]`` in [0, 1].
-
-    A variational codec's mean, or with ``rng`` a sample of its posterior.
-    """
-    found = codec.encode(pixels * 2 - 1)
-    if hasattr(found, "latents"):
-        latents: Tensor = found.latents
-    else:
-        latents = found.latent_dist.mode() if rng is None else found.latent_dist.sample(rng)
-    scaled: Tensor = latents.float() * codec.config.scaling_factor
-    return scaled
+def encode(codec: Any, pixels: Tensor) -> Tensor:
+    """The UNet's latents (deviation 1) of ``pixels`` ``[B, 3, H, W]`` in [0, 1]."""
+    latents: Tensor = codec.encode(pixels * 2 - 1).latents.float() * codec.config.scaling_factor
+    return latents
 
 
 def decode(codec: Any, latents: Tensor) -> Tensor:

@@ -31,6 +31,26 @@ def _declare_float32(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def _tidy(path: Path) -> None:
+    """Take out of a diffusers config what says nothing about the model."""
+    config: dict[str, Any] = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where on this machine a part was loaded from
+    if config["_class_name"] == "AutoencoderTiny":
+        # it derives this entry itself and warns when it reads it back
+        config.pop("block_out_channels", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_codec(folder: Path, vae: Any) -> None:
+    """Write ``folder/vae`` alone, in the codec's own precision."""
+
+    def write(part: Path) -> None:
+        vae.save_pretrained(part)
+        _tidy(part / "config.json")
+
+    _replace(folder / "vae", write)
+
+
 def export_base(out: Path, preset: Preset, unet: Any, encoder: Any, vae: Any) -> None:
     """Write a StableDiffusionPipeline directory, and beside it the words that captions held.
 
@@ -57,13 +77,8 @@ def export_base(out: Path, preset: Preset, unet: Any, encoder: Any, vae: Any) ->
         pipeline.save_pretrained(folder, safe_serialization=True)
         _declare_float32(folder / "text_encoder")
         words = sorted(preset.words())
-        for path in (folder / "vae" / "config.json", folder / "unet" / "config.json"):
-            config: dict[str, Any] = json.loads(path.read_text())
-            config.pop("_name_or_path", None)  # where on this machine a part was loaded from
-            if config["_class_name"] == "AutoencoderTiny":
-                # it derives this entry itself and warns when it reads it back
-                config.pop("block_out_channels", None)
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for part in ("vae", "unet"):
+            _tidy(folder / part / "config.json")
         (folder / WORDS_FILE).write_text(json.dumps(words, indent=0) + "\n")
 
     _replace(out, write)

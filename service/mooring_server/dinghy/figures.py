@@ -270,7 +270,7 @@ def _seen(bench: Bench, pictures: Iterable[Picture | Image.Image]) -> Tensor:
     from .judges import image_processor
 
     every = [Image.fromarray(p) if isinstance(p, np.ndarray) else p for p in pictures]
-    pixels: Tensor = image_processor(bench.preset)(every, return_tensors="pt")["pixel_values"]
+    pixels: Tensor = image_processor()(every, return_tensors="pt")["pixel_values"]
     return pixels.to(bench.compute.device)
 
 

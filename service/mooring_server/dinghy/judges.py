@@ -20,24 +20,24 @@ from torch import Tensor, nn
 from . import text
 from .device import Compute, plain_attention
 from .loop import Batch, Loop, Optimisers, Plan, batches
-from .preset import Preset
+from .preset import JUDGE_PATCH, JUDGE_PX, Preset
 from .render import Renderer
 from .world import SCENE_KEYS, Sample, World
 
 SAME_SCENE = 32
 """Pictures of one scene among those that dinghy-clip tells apart."""
 MEAN_STD = [0.5, 0.5, 0.5]
-CLIP_PLAN = Plan(steps=6000, batch=512, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
-DINO_PLAN = Plan(steps=6000, batch=384, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
+CLIP_PLAN = Plan(steps=1500, batch=512, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
+DINO_PLAN = Plan(steps=1500, batch=384, cpu_batch=192, muon_lr=0.005, adam_lr=1e-3, average=0.998)
 
 
-def image_processor(preset: Preset) -> Any:
+def image_processor() -> Any:
     """Bicubic to the judges' size, then (x - 0.5) / 0.5: ``CLIPImageProcessor`` without torchvision."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(
-        size={"shortest_edge": preset.judge_px},
-        crop_size={"height": preset.judge_px, "width": preset.judge_px},
+        size={"shortest_edge": JUDGE_PX},
+        crop_size={"height": JUDGE_PX, "width": JUDGE_PX},
         image_mean=MEAN_STD,
         image_std=MEAN_STD,
         resample=3,
@@ -66,7 +66,7 @@ def build_clip(preset: Preset) -> Any:
         },
         vision_config={
             "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 3,
-            "hidden_act": "gelu", "image_size": preset.judge_px, "patch_size": preset.patch,
+            "hidden_act": "gelu", "image_size": JUDGE_PX, "patch_size": JUDGE_PATCH,
             "projection_dim": 128,
         },
         projection_dim=128,
@@ -169,12 +169,12 @@ def train_clip(
 # -- dinghy-dino -------------------------------------------------------------------------------
 
 
-def build_vit(preset: Preset) -> Any:
+def build_vit() -> Any:
     """Dinov2Model: 8x8 patches, width 192, six layers; the feature is the class token."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
-        image_size=preset.judge_px, patch_size=preset.patch, hidden_size=192, mlp_ratio=3,
+        image_size=JUDGE_PX, patch_size=JUDGE_PATCH, hidden_size=192, mlp_ratio=3,
         num_hidden_layers=6, num_attention_heads=3, layerscale_value=1.0,
     )  # fmt: skip
     return Dinov2Model(config)
@@ -191,9 +191,9 @@ def load_dino(folder: Path) -> Any:
 class Distiller(nn.Module):
     """Student with projector and predictor, and its momentum teacher; both begin as ``known`` if given."""
 
-    def __init__(self, preset: Preset, known: Any | None = None) -> None:
+    def __init__(self, known: Any | None = None) -> None:
         super().__init__()
-        self.student = build_vit(preset) if known is None else known
+        self.student = build_vit() if known is None else known
         self.teacher = copy.deepcopy(self.student)
         self.project, self.teacher_project = self._head(192), self._head(192)
         self.predict = self._head(128)
@@ -226,7 +226,7 @@ class Distiller(nn.Module):
 
 
 def dino_loop(
-    folder: Path, preset: Preset, compute: Compute, plan: Plan, committed: Path | None = None
+    folder: Path, compute: Compute, plan: Plan, committed: Path | None = None
 ) -> tuple[Distiller, Loop]:
     """The distiller on its device and its loop, at the checkpoint in ``folder`` if there is one.
 
@@ -234,7 +234,7 @@ def dino_loop(
     """
     torch.manual_seed(5)
     known = load_dino(committed) if committed is not None and committed.exists() else None
-    model = Distiller(preset, known)
+    model = Distiller(known)
     model.to(compute.device)
     plain_attention(compute, model)
     optimisers = Optimisers([model.student, model.project, model.predict], [], plan.muon_lr, plan.adam_lr)
@@ -251,7 +251,7 @@ def train_dino(
 ) -> tuple[Any, Loop]:
     """Train (or go on) in ``folder``; returns the teacher, a Dinov2Model, and the loop."""
     pool = np.array(world.training_sprites())
-    model, loop = dino_loop(folder, world.preset, compute, plan, committed)
+    model, loop = dino_loop(folder, compute, plan, committed)
     size = plan.batch
     target = torch.arange(size, device=compute.device)
 

@@ -152,12 +152,14 @@ class Plan:
     The rate warms up over ``warmup_steps``, stays, and falls linearly to 3 % over the last ``decay`` share
     of ``steps``; ``average`` is the momentum of the averaged weights, which are what is shipped. On a CPU a
     step costs as much as its pictures and the optimiser the same whatever their number: ``cpu_batch``, the
-    smallest that serves the loss, takes ``batch``'s place there.
+    smallest that serves the loss, takes ``batch``'s place there, and ``cpu_steps``, if there are any, that of
+    ``steps``.
     """
 
     steps: int
     batch: int
     cpu_batch: int = 96
+    cpu_steps: int = 0
     muon_lr: float = 0.01
     adam_lr: float = 1e-3
     warmup_steps: int = 200

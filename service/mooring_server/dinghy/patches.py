@@ -1,4 +1,4 @@
-"""The codec of dinghy-1 and dinghy-3: an AutoencoderTiny whose encoder is exactly a PCA of pixel patches.
+"""The codec: an AutoencoderTiny whose encoder is exactly a PCA of pixel patches.
 
 Its encoder's convolutions can express a linear map exactly (pixels in [0, 1] pass through
 unharmed where nothing bends them; each stride-2 convolution moves a 2x2 block into
@@ -22,15 +22,8 @@ from torch import Tensor, nn
 from .device import Compute
 from .loop import Batch, Loop, Optimisers, Plan, batches
 from .render import Renderer, lay_out
-from .vae import distance
 from .world import World, world_samples
 
-COARSE = 12
-"""Where a picture is halved three times: channels that are the PCA of the picture at half its side.
-
-The others hold what those leave. So a model of the larger picture starts from one of the smaller
-(:mod:`.grow`): the first channels mean the same in both.
-"""
 DECODER_BLOCKS = (3, 2, 1, 0)
 """Residual blocks at each size of the decoder: one at full size would cost as much as all others."""
 VAE_STD = 0.2
@@ -39,7 +32,7 @@ which is straight only for small z. ``scaling_factor`` = 1 / VAE_STD brings the 
 FLATTEN = 0.4
 """Each principal channel is divided by its standard deviation to this power. 0 leaves fine detail
 so quiet that the last sampling steps hardly reach it, 1 makes noise as loud as the picture."""
-PLAN = Plan(steps=3000, batch=32, cpu_batch=8, muon_lr=0.01, adam_lr=1e-3, average=0.998)
+PLAN = Plan(steps=3000, batch=64, cpu_batch=8, muon_lr=0.01, adam_lr=1e-3, average=0.998)
 Redraw = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """What a text-to-image model makes of latents ``[B, k, h, w]`` of token ids ``[B, 20]``: the same shape."""
 
@@ -99,45 +92,19 @@ def from_features(features: Tensor, stages: int) -> Tensor:
     return features
 
 
-def fit_pca(pixels: Tensor, stages: int, channels: int, half: Pca | None = None) -> Pca:
-    """Fit on pictures ``[N, 3, H, W]`` in [0, 1].
-
-    With ``half``, a PCA of such pictures at half their side, the first channels are its own (the latents of a
-    picture averaged down by two) and the others the principal ones of what those leave.
-    """
+def fit_pca(pixels: Tensor, stages: int, channels: int) -> Pca:
+    """Fit on pictures ``[N, 3, H, W]`` in [0, 1]."""
     features = to_features(pixels.double(), stages).permute(0, 2, 3, 1).flatten(0, 2)
     mean = features.mean(0)
-    first = torch.zeros(0, len(mean), dtype=torch.float64) if half is None else _doubled(half, stages)
     centred = features - mean
-    left = centred - centred @ first.T @ first
-    values, vectors = torch.linalg.eigh(left.T @ left / (len(left) - 1))
-    order = values.argsort(descending=True)[: channels - len(first)]
-    rest = vectors[:, order].T
-    rest = rest * torch.sign(rest.sum(1, keepdim=True))  # eigenvectors have no sign of their own
-    basis = torch.cat([first, rest])
+    values, vectors = torch.linalg.eigh(centred.T @ centred / (len(centred) - 1))
+    order = values.argsort(descending=True)[:channels]
+    basis = vectors[:, order].T
+    basis = basis * torch.sign(basis.sum(1, keepdim=True))  # eigenvectors have no sign of their own
     std = (centred @ basis.T).std(0).clamp_min(1e-6)
     gain = std**-FLATTEN
     gain = gain * (VAE_STD / (std * gain).square().mean().sqrt())
-    if half is not None:
-        old = torch.as_tensor(half.gain) / 2  # averaging halves the length of a basis vector
-        gain = torch.cat([old, gain[len(old) :] * (old[-1] / gain[len(old) - 1])])
-        # the mean moves within the first channels' span only, so that their zero is half's
-        zero = first @ mean - 2 * torch.as_tensor(half.basis @ half.mean)
-        mean = mean - first.T @ zero
     return Pca(mean.numpy(), basis.numpy(), gain.numpy())
-
-
-def _doubled(half: Pca, stages: int) -> Tensor:
-    """``half``'s basis as orthonormal rows over features of pictures of twice the side, ``[k, d]``."""
-    every = torch.eye(3 * 4**stages, dtype=torch.float64)[:, :, None, None]
-    averaged = nn.functional.avg_pool2d(from_features(every, stages), 2)
-    return 2 * torch.as_tensor(half.basis) @ to_features(averaged, stages - 1)[:, :, 0, 0].T
-
-
-def fit_halves(pixels: Tensor, stages: int, channels: int) -> Pca:
-    """The PCA of pictures ``[N, 3, H, W]`` whose first ``COARSE`` channels are that of their halves."""
-    half = fit_pca(nn.functional.avg_pool2d(pixels, 2), stages - 1, COARSE)
-    return fit_pca(pixels, stages, channels, half)
 
 
 def read_pca(vae: Any) -> Pca:
@@ -203,6 +170,13 @@ def channel_weights(vae: Any) -> Tensor:
 # -- training the decoder ----------------------------------------------------------------------
 
 
+def distance(out: Tensor, pixels: Tensor) -> Tensor:
+    """L1 + L1 of both gradients + 2·MSE between a decoding in -1..1 and ``pixels`` in [0, 1]."""
+    difference = (out.float() + 1) / 2 - pixels
+    edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return difference.abs().mean() + edges + 2 * difference.square().mean()
+
+
 def decoder_loss(vae: Any, latents: Tensor, pixels: Tensor, compute: Compute) -> Tensor:
     """The distance between ``pixels`` ``[B, 3, H, W]`` in [0, 1] and the decoding of ``[B, k, h, w]``."""
     with compute.autocast():
@@ -219,29 +193,22 @@ def fitting_pictures(world: World, renderer: Renderer, count: int = 3000) -> Ten
     return torch.cat(first)
 
 
-def train_codec(
-    folder: Path,
-    world: World,
-    renderer: Renderer,
-    compute: Compute,
-    plan: Plan = PLAN,
-    committed: Any | None = None,
-    redraw: Redraw | None = None,
-) -> Any:
-    """Fit the PCA and train (or go on training) the decoder in ``folder``; returns the codec, averaged.
+def fit_codec(world: World, renderer: Renderer) -> Any:
+    """The codec of the world's preset, its decoder untrained."""
+    torch.manual_seed(2)
+    preset = world.preset
+    return build_vae(fit_pca(fitting_pictures(world, renderer), preset.halvings, preset.channels))
 
-    Where ``folder`` holds no checkpoint and a codec is ``committed``, its PCA stays and its decoder goes on.
-    With ``redraw`` half of the pictures are decoded from latents that went through it: the model's own
+
+def train_decoder(
+    folder: Path, vae: Any, world: World, renderer: Renderer, compute: Compute, plan: Plan, redraw: Redraw
+) -> Any:
+    """Train (or go on training) the decoder of ``vae`` in ``folder``; returns the codec, averaged.
+
+    Half of the pictures are decoded from latents that went through ``redraw``: the text-to-image model's own
     latents miss where an outline runs within a cell, and a decoder that has only seen perfect ones draws
     every miss as a notch.
     """
-    torch.manual_seed(2)
-    channels = world.preset.channels
-    halvings = world.preset.halvings
-    vae = committed
-    if vae is None:
-        fit = fit_halves if halvings > 2 else fit_pca
-        vae = build_vae(fit(fitting_pictures(world, renderer), halvings, channels))
     vae.encoder.requires_grad_(requires_grad=False)
     pca = read_pca(vae)  # as the encoder's convolutions hold it
     vae.to(compute.device).train()
@@ -253,15 +220,13 @@ def train_codec(
         pixels = renderer.draw(batch.layout)
         rng = torch.Generator(compute.device).manual_seed(step)
         latents = pca.encode(to_features(pixels, pca.stages))
-        # Half of the latents get noise of up to a tenth of their size: the text-to-image model's are not
-        # perfect either.
+        # Half of the other latents get noise of up to a tenth of their size.
         level = (torch.rand(size, 1, 1, 1, generator=rng, device=compute.device) * 2 - 1).clamp_min(0)
         noise = torch.randn(latents.shape, generator=rng, device=compute.device)
         noisy = latents + 0.1 * VAE_STD * level * noise
-        if redraw is not None:
-            half = (size + 1) // 2
-            ids = batch.ids[:half].to(compute.device)
-            noisy[:half] = VAE_STD * redraw(latents[:half] / VAE_STD, ids, rng)
+        half = (size + 1) // 2
+        ids = batch.ids[:half].to(compute.device)
+        noisy[:half] = VAE_STD * redraw(latents[:half] / VAE_STD, ids, rng)
         return decoder_loss(vae, noisy, pixels, compute)
 
     samples = world_samples(world, size)

@@ -1,15 +1,19 @@
 """The presets of the set: what differs between them, and nothing else.
 
-``dinghy-1`` is what two CPU cores can train from nothing, ``dinghy-3``, which ships, grows from it to 128 px
-and to several objects in a picture, ``dinghy-2`` needs a GPU. Everything in the recipe takes a
-:class:`Preset`; :data:`SHIPPED` is the one that is used unless another is named. Free of torch.
+``dinghy-4``, which ships, has 128 px, 282 nouns and several objects in a picture and was trained on a GPU;
+``dinghy-1`` is the small one of 64 px. Everything in the recipe takes a :class:`Preset`; :data:`SHIPPED` is
+the one that is used unless another is named. Free of torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from . import nouns
+
+JUDGE_PX = 64
+"""Side of the pictures that the judges see; larger ones are reduced first."""
+JUDGE_PATCH = 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,6 @@ class Pose:
     angle: float
     dx: float
     dy: tuple[float, float]
-    mirrored: bool
 
 
 @dataclass(frozen=True)
@@ -34,29 +37,21 @@ class Preset:
     Args:
         version: name of the set; part of its directories' names.
         px: side of its pictures.
-        judge_px: side of the pictures that the judges see; larger ones are reduced first.
-        patch: side of the judges' patches.
         names: the nouns that its world names, keys of ``nouns.NAMED``.
         determiner: whether uncountable nouns take "some" ("some grapes").
         pose: of single named objects and of subjects; extras vary more in both presets.
         shares: of extras, of counted groups and of pairs among the training pictures.
-        codec: "patches" (PCA of pixel patches, AutoencoderTiny) or "variational" (AutoencoderKL).
         channels: of the latents, which are 16x16 in all.
-        widths: of the UNet's three levels.
         vocabulary: file of its tokenizer's vocabulary.
     """
 
     version: str
     px: int
-    judge_px: int
-    patch: int
     names: tuple[str, ...]
     determiner: bool
     pose: Pose
     shares: tuple[float, float, float]
-    codec: str
     channels: int
-    widths: tuple[int, int, int]
     vocabulary: str
 
     @property
@@ -93,42 +88,24 @@ LATER = ("tiger", "rabbit", "shark", "tomato", "airplane", "star", "rainbow", "v
 SMALL = Preset(
     version="dinghy-1",
     px=64,
-    judge_px=64,
-    patch=8,
     names=(*tuple(nouns.NAMED)[:93], *LATER),
     determiner=False,
-    pose=Pose(size=(42, 50), angle=4, dx=3, dy=(-2, 4), mirrored=False),
+    pose=Pose(size=(42, 50), angle=4, dx=3, dy=(-2, 4)),
     shares=(0.1, 0.0, 0.0),
-    codec="patches",
     channels=12,
-    widths=(64, 128, 192),
     vocabulary="vocabulary-1.json",
 )
 
-GROWN = replace(
-    SMALL,
-    version="dinghy-3",
-    px=128,
-    shares=(0.1, 0.06, 0.1),
-    channels=20,
-    vocabulary="vocabulary-3.json",
-)
-"""Started from dinghy-1's weights (:mod:`.grow`); its tokenizer knows the plurals beside dinghy-1's words."""
-
 LARGE = Preset(
-    version="dinghy-2",
+    version="dinghy-4",
     px=128,
-    judge_px=128,
-    patch=16,
     names=tuple(nouns.NAMED),
     determiner=True,
-    pose=Pose(size=(38, 52), angle=6, dx=5, dy=(-3, 5), mirrored=True),
-    shares=(0.25, 0.08, 0.1),
-    codec="variational",
-    channels=16,
-    widths=(96, 160, 224),
-    vocabulary="vocabulary-2.json",
+    pose=Pose(size=(40, 52), angle=5, dx=4, dy=(-3, 4)),
+    shares=(0.2, 0.08, 0.12),
+    channels=24,
+    vocabulary="vocabulary-4.json",
 )
 
-PRESETS = {preset.version: preset for preset in (SMALL, GROWN, LARGE)}
-SHIPPED = GROWN
+PRESETS = {preset.version: preset for preset in (SMALL, LARGE)}
+SHIPPED = LARGE

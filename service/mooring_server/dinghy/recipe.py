@@ -1,4 +1,4 @@
-"""The whole recipe in order: photos, ruler, codec, text-to-image model, judges, export, figures."""
+"""The whole recipe in order: photos, ruler, text-to-image model, its decoder, judges, figures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from . import (
     clip_dir,
     codec,
     dino_dir,
-    grow,
     judges,
+    patches,
     sources,
     subjects,
     t2i,
@@ -25,11 +25,10 @@ from . import (
     weights_dir,
 )
 from .device import Compute, choose
-from .export import export_base, export_judge, read_figures, write_manifest
+from .export import export_base, export_judge, read_figures, save_codec, write_manifest
 from .figures import Bench, all_figures, load_base
 from .loop import Plan
-from .patches import fitting_pictures
-from .preset import PRESETS, SHIPPED, Preset
+from .preset import JUDGE_PX, SHIPPED, SMALL, Preset
 from .render import Renderer
 from .sampling import redrawing
 from .world import World
@@ -54,7 +53,7 @@ class Recipe:
     @cached_property
     def for_judges(self) -> Renderer:
         """Draws at the size that judges see."""
-        return Renderer(self.sprites, self.preset.judge_px, self.compute.device)
+        return Renderer(self.sprites, JUDGE_PX, self.compute.device)
 
     def world(self, seed: int) -> World:
         """The preset's world with this seed."""
@@ -64,74 +63,48 @@ class Recipe:
         """``plan`` at the recipe's scale and batch, with ``changes``."""
         cpu = self.compute.device.type == "cpu"
         batch = self.batch or (plan.cpu_batch if cpu else plan.batch)
-        steps = max(1, round(plan.steps * self.scale))
+        planned = plan.cpu_steps if cpu and plan.cpu_steps else plan.steps
+        steps = max(1, round(planned * self.scale))
         warmup = max(1, min(plan.warmup_steps, steps // 10))
         return replace(plan, steps=steps, warmup_steps=warmup, batch=batch, **changes)
 
     def codec(self) -> Any:
-        """The preset's committed codec, else one trained here."""
-        if self._committed():
-            return codec.load(base_dir(self.preset.version)).to(self.compute.device)
-        return self._trained_codec()
-
-    def _trained_codec(self, pipeline: Any | None = None) -> Any:
-        """The codec of ``pipeline`` with its decoder trained on for what that draws, else a new one."""
-        plan, folder = self.plan(codec.plan(self.preset)), self.runs / "codec"
-        known = None if pipeline is None else pipeline.vae
-        mend = None if pipeline is None else redrawing(pipeline, self.compute)
-        return codec.train(folder, self.world(2), self.renderer, self.compute, plan, known, mend)
+        """The preset's committed codec, else the one that was fitted here: its decoder may be untrained."""
+        known = base_dir(self.preset.version)
+        if not self._committed():
+            known = self.runs
+            if not (known / "vae").exists():
+                save_codec(known, patches.fit_codec(self.world(2), self.renderer))
+        return codec.load(known).to(self.compute.device)
 
     def decoder(self) -> None:
-        """Go on training the committed codec's decoder; its latents, and so the rest of the base, stay."""
-        if self.preset.codec != "patches" or not self._committed():
-            raise typer.BadParameter(f"{self.preset.version} has no committed codec of patches to go on from")
-        pipeline = load_base(self.compute, self.preset)
-        vae = self._trained_codec(pipeline)
+        """Train the codec's decoder on what the base draws; its latents, and so the rest of the base, stay.
+
+        Raises:
+            typer.BadParameter: there is no base yet.
+        """
+        if not self._committed():
+            raise typer.BadParameter(f"{self.preset.version} has no base yet: train it first (`base`)")
+        pipeline, plan = load_base(self.compute, self.preset), self.plan(patches.PLAN)
+        mend = redrawing(pipeline, self.compute)
+        vae = patches.train_decoder(
+            self.runs / "codec", pipeline.vae, self.world(2), self.renderer, self.compute, plan, mend
+        )
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
         self.record("training")
 
-    def _check_half(self, small: str) -> None:
-        """Raise BadParameter unless the preset grows from the version ``small``."""
-        half = PRESETS.get(small)
-        alike = half is not None and half.codec == self.preset.codec == "patches"
-        if half is None or not alike or half.halvings != self.preset.halvings - 1:
-            raise typer.BadParameter(
-                f"{self.preset.version} does not grow from {small!r}, only from half its side"
-            )
-        if not (base_dir(small) / "unet").exists():
-            raise typer.BadParameter(f"{small} has no committed base")
-
-    def grow(self, small: str) -> None:
-        """Start the preset's base from that of the version ``small``."""
-        self._check_half(small)
-        base = base_dir(small)
-        vae = grow.vae(base, self.preset, fitting_pictures(self.world(2), self.renderer))
-        unet, encoder = grow.unet(base, self.preset), grow.text_encoder(base, self.preset)
-        export_base(base_dir(self.preset.version), self.preset, unet, encoder, vae)
-        self.record("training", grown_from=small)
-
-    def grow_judges(self, small: str) -> None:
-        """Start the preset's judges from those of the version ``small``.
-
-        dinghy-clip gets the preset's further words; dinghy-dino reads none and is taken as it is.
-        """
-        self._check_half(small)
-        self._export_clip(grow.clip(clip_dir(small), self.preset))
-        self._export_dino(judges.load_dino(dino_dir(small)))
-        self.record("training", judges_grown_from=small)
-
     def _export_clip(self, model: Any) -> None:
-        parts = [text.build_tokenizer(self.preset), judges.image_processor(self.preset)]
+        parts = [text.build_tokenizer(self.preset), judges.image_processor()]
         export_judge(clip_dir(self.preset.version), model, parts)
 
     def _export_dino(self, model: Any) -> None:
-        export_judge(dino_dir(self.preset.version), model, [judges.image_processor(self.preset)])
+        export_judge(dino_dir(self.preset.version), model, [judges.image_processor()])
 
     def _committed(self) -> bool:
         return (base_dir(self.preset.version) / "unet").exists()
 
     def base(self, **changes: Any) -> None:
-        """Codec and text-to-image model, exported into the package data."""
+        """The text-to-image model on the codec's latents, exported into the package data."""
         vae = self.codec()
         plan = self.plan(t2i.PLAN, **changes)
         folder = base_dir(self.preset.version)
@@ -169,9 +142,10 @@ class Recipe:
         )
 
     def photos(self) -> int:
-        """The held-out subjects' photos, into the package data."""
+        """The held-out subjects' photos, into the package data: the same for every preset."""
         renderer = Renderer(self.sprites, subjects.PHOTO_PX, self.compute.device)
-        return subjects.make_photos(Path(__file__).parent / "subjects", self.world(0), renderer)
+        folder = Path(__file__).parent / "subjects"
+        return subjects.make_photos(folder, World(SMALL, 0, self.sprites), renderer)
 
     def bench(self) -> Bench:
         """What figures are measured with."""
@@ -194,7 +168,7 @@ class Recipe:
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""
         begun = time.monotonic()
-        for step in (self.photos, self.ruler, self.base, self.clip, self.dino):
+        for step in (self.photos, self.ruler, self.base, self.decoder, self.clip, self.dino):
             step()
             typer.echo(f"{step.__name__} done at {time.monotonic() - begun:.0f} s")
         typer.echo(self.figures(count, out))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codec, text
+from . import codec, patches, text
 from .device import Compute, plain_attention
 from .loop import Batch, Loop, Optimisers, Plan, batches
 from .preset import SHIPPED, Preset
@@ -21,6 +21,8 @@ from .render import Renderer
 from .world import World, world_samples
 
 LATENT_SIDE = 16
+WIDTHS = (64, 128, 192)
+"""Channels of the UNet's three levels."""
 SNR_GAMMA = 5.0
 WEIGHT_FLOOR = 0.3
 CAPTION_DROPOUT = 0.1
@@ -31,7 +33,7 @@ Objects cover 29 % of a picture and cause 47 % of the error; the rest of it, mos
 own things lie, is noise in the gradient of what the objects look like. A weight that depends on the picture
 bends what is learnt (cells at an object's edge lean towards it), so it goes to one with the rate.
 """
-PLAN = Plan(steps=12_000, batch=1024, muon_lr=0.01, adam_lr=8e-4, decay=0.7)
+PLAN = Plan(steps=2600, batch=1024, cpu_steps=20_000, muon_lr=0.01, adam_lr=8e-4, decay=0.7)
 
 
 def build_scheduler() -> Any:
@@ -55,7 +57,7 @@ def build_scheduler() -> Any:
 
 
 def build_unet(preset: Preset = SHIPPED) -> Any:
-    """11 (dinghy-1) or 16 million parameters; latents ``[B, channels, 16, 16]``, text ``[B, 20, 256]``."""
+    """11 million parameters; latents ``[B, channels, 16, 16]``, text ``[B, 20, 256]``."""
     from diffusers import UNet2DConditionModel
 
     model: Any = UNet2DConditionModel
@@ -63,7 +65,7 @@ def build_unet(preset: Preset = SHIPPED) -> Any:
         sample_size=LATENT_SIDE,
         in_channels=preset.channels,
         out_channels=preset.channels,
-        block_out_channels=preset.widths,
+        block_out_channels=WIDTHS,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -150,13 +152,12 @@ class Trainer:
     def train(self, world: World, renderer: Renderer, vae: Any) -> None:
         """Run the plan to its end on pictures of ``world``, encoded by the codec ``vae``."""
         device = self.compute.device
-        channels, encode = codec.channel_weights(vae), codec.encoder(vae)
+        channels, encode = patches.channel_weights(vae).to(device), codec.encoder(vae, device)
 
         def loss(step: int, batch: Batch) -> Tensor:
-            rng = torch.Generator(device).manual_seed(7_000_003 + step)
             pixels, cover = renderer.draw_covered(batch.layout)
             with torch.no_grad(), self.compute.autocast():
-                latents = encode(pixels, rng)
+                latents = encode(pixels)
             cover = torch.nn.functional.adaptive_avg_pool2d(cover, LATENT_SIDE)
             return self.loss(step, latents, batch.ids.to(device, non_blocking=True), cover, channels)
 

@@ -45,7 +45,7 @@ class Placement:
     angle: float
     dx: float
     dy: float
-    flip: bool
+    flip: bool = False
     aspect: float = 1.0
     shear: float = 0.0
 
@@ -175,7 +175,7 @@ class World:
         pose = self.preset.pose
         return Placement(
             size=_u(rng, *pose.size), angle=_u(rng, -pose.angle, pose.angle), dx=_u(rng, -pose.dx, pose.dx),
-            dy=_u(rng, *pose.dy), flip=pose.mirrored and rng.random() < 0.5,
+            dy=_u(rng, *pose.dy),
         )  # fmt: skip
 
     # -- samples -----------------------------------------------------------------------------
@@ -227,7 +227,6 @@ class World:
             place = Placement(
                 size=_u(rng, *size), angle=_u(rng, -pose.angle, pose.angle),
                 dx=(k - (count - 1) / 2) * step + _u(rng, -1, 1), dy=_u(rng, *pose.dy),
-                flip=pose.mirrored and rng.random() < 0.3,
             )  # fmt: skip
             pieces.append(Piece(sprite, place))
         thing = f"{nouns.NUMBERS[count]} {nouns.plural(noun)}"
@@ -248,7 +247,6 @@ class World:
             place = Placement(
                 size=_u(rng, 25, 32), angle=_u(rng, -pose.angle, pose.angle),
                 dx=(k - 0.5) * 31 + _u(rng, -1.5, 1.5), dy=_u(rng, *pose.dy),
-                flip=pose.mirrored and rng.random() < 0.5,
             )  # fmt: skip
             pieces.append(Piece(self.sprite_of(noun, wanted, rng), place, tint))
             things.append(self.preset.one(noun, tint))
