@@ -67,11 +67,15 @@ def main() -> None:
     )
 
 
+FIGURES = {"DINO": "dino", "PRES": "pres", "CLIP-T": "clip_t", "generic CLIP-T": "generic_clip_t"}
+"""Headings of the columns with figures of base / none / moored, and the figures' names in an evaluation."""
+
 _NOTES = (
     "ours: drift of the moored adapter on held-out prompts, noise and timesteps; peer: the budget.",
     "95 %: its interval, prompts resampled. steered: the final figure on the controller's own probe.",
     f"highest: largest drift / budget that the controller measured after step {SETTLED}.",
     "DINO: likeness to the photos in new scenes. CLIP-T: agreement with the prompt, placeholder removed.",
+    "PRES: likeness of the bare class to the photos (is every bird this duck now?); lower is better.",
     "generic: prompts without the subject. Columns of several figures: base / none / moored.",
 )
 
@@ -115,7 +119,7 @@ def _row(
         "highest": max((row["drift"] for row in history if row["step"] > SETTLED), default=0.0) / budget,
         "drift none": none["drift"],
     }
-    for heading, name in (("DINO", "dino"), ("CLIP-T", "clip_t"), ("generic CLIP-T", "generic_clip_t")):
+    for heading, name in FIGURES.items():
         values = (none[f"base_{name}"], none[name], moored[name])
         extra[heading] = " / ".join(f"{value:.3f}" for value in values)
     extra["change"] = f"{none['generic_change']:.3f} / {moored['generic_change']:.3f}"
@@ -139,7 +143,7 @@ def _summary(rows: Sequence[Row]) -> dict[str, float | str | None]:
         "drift / budget, range": f"{min(ratios):.3f} to {max(ratios):.3f}",
         "drift of none, mean": statistics.mean(float(row.extra["drift none"] or 0) for row in rows),
     }
-    for heading in ("DINO", "CLIP-T", "generic CLIP-T", "change"):
+    for heading in (*FIGURES, "change"):
         columns = [[float(x) for x in str(row.extra[heading]).split(" / ")] for row in rows]
         means = [f"{statistics.mean(column):.3f}" for column in zip(*columns, strict=True)]
         arms = "base / none / moored" if len(means) == 3 else "none / moored"
