@@ -91,9 +91,10 @@ def test_encoder_never_trains_and_the_decoder_learns(sprites, tmp_path):
     def train(steps):
         plan = Plan(steps=steps, batch=2, warmup_steps=1, decay=1e-9 if steps == 1 else 1.0)
         codec = fit_codec(world, renderer)
-        return train_decoder(
+        kept = train_decoder(
             tmp_path, codec, world, renderer, choose("cpu"), plan, lambda latents, *_: latents
         )
+        return kept[0]
 
     first = train(1)
     before, encoder = psnr(first, pixels), [p.clone() for p in first.encoder.parameters()]

@@ -50,8 +50,9 @@ def test_a_base_from_nothing_then_its_decoder(empty):
     assert not [name for name in changed if name.startswith("encoder")]
     manifest = json.loads((empty / "weights" / "MANIFEST.json").read_text())
     assert manifest["version"] == SHIPPED.version
-    trained = manifest["figures"][SMALL.version]["training"]["base"]
-    assert (trained["steps"], trained["samples"]) == (1, 2)
+    for part in ("base", "decoder"):
+        trained = manifest["figures"][SMALL.version]["training"][part]
+        assert (trained["steps"], trained["samples"]) == (1, 2)
     assert f"{SMALL.version}/unet/diffusion_pytorch_model.safetensors" in manifest["files"]
 
 

@@ -202,8 +202,8 @@ def fit_codec(world: World, renderer: Renderer) -> Any:
 
 def train_decoder(
     folder: Path, vae: Any, world: World, renderer: Renderer, compute: Compute, plan: Plan, redraw: Redraw
-) -> Any:
-    """Train (or go on training) the decoder of ``vae`` in ``folder``; returns the codec, averaged.
+) -> tuple[Any, Loop]:
+    """Train (or go on training) the decoder of ``vae`` in ``folder``; returns the codec, averaged, and loop.
 
     Half of the pictures are decoded from latents that went through ``redraw``: the text-to-image model's own
     latents miss where an outline runs within a cell, and a decoder that has only seen perfect ones draws
@@ -232,4 +232,4 @@ def train_decoder(
     samples = world_samples(world, size)
     loop.run(batches(samples, loop.step, compute.workers, preset=world.preset), loss)
     loop.use_average()
-    return vae.eval()
+    return vae.eval(), loop

@@ -87,11 +87,11 @@ class Recipe:
             raise typer.BadParameter(f"{self.preset.version} has no base yet: train it first (`base`)")
         pipeline, plan = load_base(self.compute, self.preset), self.plan(patches.PLAN)
         mend = redrawing(pipeline, self.compute)
-        vae = patches.train_decoder(
+        vae, loop = patches.train_decoder(
             self.runs / "codec", pipeline.vae, self.world(2), self.renderer, self.compute, plan, mend
         )
         export_base(base_dir(self.preset.version), self.preset, pipeline.unet, pipeline.text_encoder, vae)
-        self.record("training")
+        self.record("training", decoder=loop.figures())
 
     def _export_clip(self, model: Any) -> None:
         parts = [text.build_tokenizer(self.preset), judges.image_processor()]
