@@ -137,7 +137,8 @@ def test_any_schedule_gives_every_request_the_bits_it_has_alone(served, specs, d
             unadapted = alone(served, replace(spec, adapters=()))
             assert not torch.equal(task.images, unadapted.images)
     for one, other in itertools.combinations(range(len(specs)), 2):
-        if specs[one].adapters != specs[other].adapters and specs[other] == replace(
+        # in another order the same adapters add up to the same image
+        if set(specs[one].adapters) != set(specs[other].adapters) and specs[other] == replace(
             specs[one], adapters=specs[other].adapters
         ):
             assert not torch.equal(tasks[one].images, tasks[other].images)
