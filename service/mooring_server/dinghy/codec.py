@@ -23,21 +23,14 @@ def load(base: Path) -> Any:
 Encode = Callable[[Tensor], Tensor]
 
 
-def encoder(codec: Any, device: torch.device) -> Encode:
-    """A function on ``device`` of pixels ``[B, 3, H, W]`` in [0, 1] that gives what :func:`encode` does.
+def encoder(codec: Any) -> Encode:
+    """A function of pixels ``[B, 3, H, W]`` in [0, 1] that gives what :func:`encode` does.
 
     One product of matrices instead of the encoder's convolutions, which would take as long as a training step
     of the UNet.
     """
-    pca = read_pca(codec)
-    scaled = codec.config.scaling_factor * pca.gain[:, None] * pca.basis
-    weight = torch.as_tensor(scaled, dtype=torch.float32, device=device)
-    bias = torch.as_tensor(scaled @ pca.mean, dtype=torch.float32, device=device)[None, :, None, None]
-
-    def run(pixels: Tensor) -> Tensor:
-        return torch.einsum("kd,bdhw->bkhw", weight, to_features(pixels, pca.stages)).float() - bias
-
-    return run
+    pca, factor = read_pca(codec), codec.config.scaling_factor
+    return lambda pixels: factor * pca.encode(to_features(pixels, pca.stages)).float()
 
 
 def encode(codec: Any, pixels: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class Trainer:
     def train(self, world: World, renderer: Renderer, vae: Any) -> None:
         """Run the plan to its end on pictures of ``world``, encoded by the codec ``vae``."""
         device = self.compute.device
-        channels, encode = patches.channel_weights(vae).to(device), codec.encoder(vae, device)
+        channels, encode = patches.channel_weights(vae), codec.encoder(vae)
 
         def loss(step: int, batch: Batch) -> Tensor:
             pixels, cover = renderer.draw_covered(batch.layout)
