@@ -4,7 +4,8 @@ CLIP-T and drift are means over features; here the pictures are read. For held-o
 without protection, the same for three times as long, and moored for both lengths. The base's independent
 classifier (`python -m mooring_server.dinghy ruler`, trained on true scenes alone, never a judge) then reads
 whether pictures of the subject in new scenes show the scene that was asked for, and whether pictures of
-prompts without the subject show the object.
+prompts without the subject show the object that was (`benchmarks.asked`: any object, those of the subject's
+kind, two or three of one, two different ones).
 
 Adapters and evaluations are those of `benchmarks.budget` where the lengths agree.
 """
@@ -18,12 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mooring_server import dinghy
-from mooring_server.dinghy import nouns, sources
-from mooring_server.dinghy.classifier import Classifier, load_classifier, read
+from mooring_server.dinghy import sources
+from mooring_server.dinghy.classifier import Classifier, Reading, load_classifier, read
 from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.preset import SHIPPED
 from mooring_server.evaluation.result import GENERIC, SUBJECT, EvaluationResult, ImagePair
 
+from benchmarks.asked import KINDS, generic_asks, right_by_kind
 from benchmarks.common import Row, show
 from benchmarks.kept import (
     Subject,
@@ -66,8 +68,8 @@ def main() -> None:
                 missing.append(f"{subject.name} seed {seed} {arm}")
                 continue
             if "base" not in read_here:  # the same pictures beside every arm
-                read_here["base"] = shares(ruler, result, base=True)
-            read_here[arm] = shares(ruler, result, base=False)
+                read_here["base"] = shares(ruler, result, subject.class_noun, base=True)
+            read_here[arm] = shares(ruler, result, subject.class_noun, base=False)
         for arm, figures in read_here.items():
             found.setdefault(arm, []).append(figures)
         right = ", ".join(f"{arm} {figures['object']:.3f}" for arm, figures in read_here.items())
@@ -85,8 +87,10 @@ def main() -> None:
 
 _NOTES = (
     "ours: share of right objects on prompts without the subject; peer: the untouched base's, same seeds.",
+    "Its parts: any one object; one of the subject's kind (its class noun); two or three of one; two of two.",
     "scene: share of right scenes on prompts of the subject in scenes that its photos do not show.",
-    "DINO: likeness to the photos there. lowest: the worst of the runs' shares of right objects.",
+    "DINO: likeness to the photos there. PRES: likeness of the bare class to them; lower is better.",
+    "lowest: the worst of the runs' shares of right objects.",
 )
 
 
@@ -96,30 +100,29 @@ def _options() -> argparse.Namespace:
     return chosen(options)
 
 
-def scene_of(prompt: str) -> str:
-    """The key of the drawn scene that a prompt ends in."""
-    return next(key for key, words in nouns.SCENES.items() if prompt.endswith(" " + words))
+def shares(ruler: Classifier, result: EvaluationResult, class_noun: str, *, base: bool) -> dict[str, float]:
+    """Shares right of an evaluation's pictures, DINO and PRES: of the adapted model or of the base.
 
+    "object" is the share over all prompts without the subject, ``asked.KINDS`` are its parts.
+    """
 
-def object_of(prompt: str) -> str:
-    """The noun of the world before the scene: "palm tree", where "tree" is one too."""
-    thing = prompt.removesuffix(" " + nouns.SCENES[scene_of(prompt)])
-    return max((noun for noun in SHIPPED.names if thing.endswith(" " + noun)), key=len)
+    def seen(pairs: Sequence[ImagePair]) -> list[Reading]:
+        return read(ruler, np.stack([pair.base if base else pair.image for pair in pairs]))
 
-
-def shares(ruler: Classifier, result: EvaluationResult, *, base: bool) -> dict[str, float]:
-    """Scenes and objects right in an evaluation's pictures, and DINO: of the adapted model or the base."""
-
-    def seen(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, str, str]]:
-        pictures = np.stack([pair.base if base else pair.image for pair in pairs])
-        readings = read(ruler, pictures)
-        return [(pair, r.nouns[0], r.scene) for pair, r in zip(pairs, readings, strict=True)]
-
-    scenes, things = seen(result.of_kind(SUBJECT)), seen(result.of_kind(GENERIC))
+    scenes, things = result.of_kind(SUBJECT), result.of_kind(GENERIC)
+    scene_of = dict(zip(dinghy.new_scene_prompts(class_noun), dinghy.NEW_SCENES, strict=True))
+    asked = {ask.prompt: ask for ask in generic_asks(class_noun)}
+    right = right_by_kind([asked[pair.base_prompt] for pair in things], seen(things), class_noun)
+    prefix = "base_" if base else ""
     return {
-        "scene": statistics.mean(scene == scene_of(pair.base_prompt) for pair, _, scene in scenes),
-        "object": statistics.mean(noun == object_of(pair.base_prompt) for pair, noun, _ in things),
-        "DINO": result.metrics["base_dino" if base else "dino"],
+        "scene": statistics.mean(
+            reading.scene == scene_of[pair.base_prompt]
+            for pair, reading in zip(scenes, seen(scenes), strict=True)
+        ),
+        "object": statistics.mean(one for kind in right.values() for one in kind),
+        **{kind: statistics.mean(found) for kind, found in right.items() if found},
+        "DINO": result.metrics[f"{prefix}dino"],
+        **({"PRES": result.metrics[f"{prefix}pres"]} if f"{prefix}pres" in result.metrics else {}),
         "pictures": len(scenes) + len(things),
     }
 
@@ -128,7 +131,7 @@ def rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
     """One row an arm, means over its runs."""
 
     def mean(arm: str, name: str) -> float:
-        return statistics.mean(run[name] for run in found[arm])
+        return statistics.mean(run[name] for run in found[arm] if name in run)
 
     out = []
     for arm in ("base", *ARMS):
@@ -147,8 +150,11 @@ def rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
                 unit="objects right",
                 extra={
                     "lowest": min(run["object"] for run in found[arm]),
-                    "scene": mean(arm, "scene"),
-                    "DINO": mean(arm, "DINO"),
+                    **{
+                        name: mean(arm, name)
+                        for name in (*KINDS, "scene", "DINO", "PRES")
+                        if any(name in run for run in found[arm])
+                    },
                     "runs": float(len(found[arm])),
                     "pictures": sum(run["pictures"] for run in found[arm]),
                 },

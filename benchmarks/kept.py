@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.asked import generic_asks
 from benchmarks.common import ROOT, parser
 
 T = TypeVar("T")
@@ -174,24 +175,29 @@ def held_out(name: str) -> Subject:
     return Subject(name, found.class_noun, found.placeholder, photos)
 
 
-def prompt_sets(*, quick: bool) -> PromptSets:
-    """The subject in every scene that its photos do not show, and things that the base knows."""
+def prompt_sets(class_noun: str, *, quick: bool) -> PromptSets:
+    """The subject in every scene that its photos do not show, and things that the base knows.
+
+    Those to draw are `asked.generic_asks`; those of the probes are the product's own.
+    """
     places = [dinghy.nouns.SCENES[scene] for scene in dinghy.NEW_SCENES]
-    return PromptSets.of(
+    sets = PromptSets.of(
         [f"{dinghy.photo_prompt('{}')} {place}" for place in (places[:3] if quick else places)],
         dinghy.generic_prompts(48 if quick else 2 * PROBE_GENERIC),
     )
+    asks = generic_asks(class_noun, avoid=sets.steering, quick=quick)
+    return replace(sets, generic=tuple(ask.prompt for ask in asks))
 
 
 def measured(
     bench: Bench, subject: Subject, config: TrainConfig, *, quick: bool, tick: Tick
 ) -> tuple[AdapterWeights, list[dict[str, float]], EvaluationResult]:
     """An adapter of this training, the training's history, and its evaluation beside the base."""
-    sets, arm = prompt_sets(quick=quick), f"{config.method} {config.steps}"
+    sets, arm = prompt_sets(subject.class_noun, quick=quick), f"{config.method} {config.steps}"
     weights, history = trained(bench, subject, config, sets.steering, partial(tick, f"train {arm}"))
     evaluation = EvaluationConfig(
         prompts=sets.scenes,
-        generic_prompts=sets.generic[:8] if quick else sets.generic,
+        generic_prompts=sets.generic,
         probe_prompts=sets.held_out,
         class_noun=subject.class_noun,
         placeholder=subject.placeholder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -105,6 +105,10 @@ def figures(preset: Version = DEFAULT, device: Device = "", count: Count = 500, 
 def personalise(
     names: Annotated[list[str] | None, typer.Argument(help="Held-out subjects; by default eight.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Moments to look at; repeatable.")] = None,
+    style: Annotated[
+        Literal["3d", "flat", "noto"],
+        typer.Option(help="Of the drawings; in noto, no model has seen a named object."),
+    ] = "3d",
     preset: Version = DEFAULT,
     device: Device = "",
     out: Annotated[
@@ -116,9 +120,11 @@ def personalise(
     from .figures import sheet_name
 
     recipe = _recipe(preset, device)
-    sheet = out or IMAGES / f"{sheet_name(recipe.preset)}-personalised.png"
-    table = check.measure(recipe.bench(), names or list(check.EIGHT), sheet, moments=steps or (200, 400, 800))
-    recipe.record("personalised", **table)
+    what = "personalised" if style == "3d" else f"personalised-{style}"
+    sheet = out or IMAGES / f"{sheet_name(recipe.preset)}-{what}.png"
+    moments = steps or (200, 400, 800)
+    table = check.measure(recipe.bench(), names or list(check.EIGHT), sheet, moments=moments, style=style)
+    recipe.record(what.replace("-", "_"), **table)
     typer.echo(json.dumps(table, indent=1))
 
 

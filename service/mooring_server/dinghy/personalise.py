@@ -18,9 +18,18 @@ import typer
 from PIL import Image
 from torch import Tensor, nn
 
-from . import NEW_SCENES, HeldOutSubject, codec, held_out_subjects, new_scene_prompts, photo_prompt, text
+from . import (
+    NEW_SCENES,
+    HeldOutSubject,
+    codec,
+    held_out_subjects,
+    new_scene_prompts,
+    photo_prompt,
+    subjects,
+    text,
+)
 from .figures import Bench, generate, grid, load_base
-from .render import from_uint8
+from .render import Renderer, from_uint8
 from .t2i import build_scheduler
 from .world import Picture
 
@@ -35,14 +44,25 @@ def subject(name: str) -> HeldOutSubject:
     return next(s for s in held_out_subjects() if s.name == name)
 
 
-def photo_array(one: HeldOutSubject, px: int) -> Picture:
-    """The subject's photos at the base's size: uint8 ``[12, px, px, 3]``."""
-    images = [Image.open(p).convert("RGB").resize((px, px), Image.Resampling.BOX) for p in one.photos]
-    return np.stack([np.asarray(i) for i in images])
+def photos_of(one: HeldOutSubject, bench: Bench, style: str = "3d") -> Picture:
+    """The subject's photos at the base's size, uint8 ``[12, px, px, 3]``: those that ship, or in ``style``.
+
+    Raises:
+        ValueError: the subject is not drawn in ``style``.
+    """
+    if style == "3d":
+        images = [Image.open(path).convert("RGB") for path in one.photos]
+    else:
+        sprites = bench.world.sprites
+        drawn = subjects.photos(one.name, sprites, Renderer(sprites, subjects.PHOTO_PX), style)
+        images = [Image.fromarray(picture) for picture in drawn]
+    size = (bench.preset.px, bench.preset.px)
+    return np.stack([np.asarray(image.resize(size, Image.Resampling.BOX)) for image in images])
 
 
 def train_lora(
     one: HeldOutSubject,
+    photos: Picture,
     bench: Bench,
     *,
     moments: Sequence[int] = (400,),
@@ -52,7 +72,7 @@ def train_lora(
     targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
     seed: int = 0,
 ) -> Iterator[tuple[int, Any]]:
-    """An unprotected LoRA and a placeholder embedding on the photos.
+    """An unprotected LoRA and a placeholder embedding on ``photos`` of a subject, uint8 ``[N, px, px, 3]``.
 
     Yields the adapted pipeline (always the same one) after each number of steps in ``moments``.
     """
@@ -81,8 +101,7 @@ def train_lora(
         [{"params": lora, "lr": lr}, {"params": [table.weight], "lr": lr}], weight_decay=0.0
     )
     with torch.no_grad():
-        pixels = from_uint8(photo_array(one, bench.preset.px), device)
-        latents = codec.encode(vae, pixels)
+        latents = codec.encode(vae, from_uint8(photos, device))
     ids = text.tokens(tokenizer, [photo_prompt(one.class_noun, one.placeholder)]).to(device)
     scheduler = build_scheduler()
     keep = torch.zeros_like(table.weight)
@@ -119,19 +138,19 @@ def _features(bench: Bench, pictures: Picture) -> Tensor:
 
 @dataclass(frozen=True)
 class Pool:
-    """Every 3D sprite and its mean feature over the same six new scenes: what a subject can be mistaken for.
+    """What a subject can be mistaken for: every sprite of a style.
 
-    ``means`` is ``[len(sprites), 256]``.
+    ``means`` is ``[len(sprites), 256]``, each over the same six new scenes.
     """
 
     sprites: list[int]
     means: Tensor
 
     @staticmethod
-    def of(bench: Bench) -> Pool:
+    def of(bench: Bench, style: str = "3d") -> Pool:
         """The pool of a world; some thousand pictures are drawn and read."""
         every = bench.world.sprites
-        found = [i for role in ("named", "extra", "held") for i in every.where(role, ("3d",))]
+        found = [i for role in ("named", "extra", "held") for i in every.where(role, (style,))]
         return Pool(found, torch.stack([_mean_feature(bench, sprite, 6) for sprite in found]))
 
     def look_alikes(self, own: int, count: int = LOOK_ALIKES) -> list[int]:
@@ -158,8 +177,8 @@ def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
 class LineUp:
     """Twenty look-alikes, the subject among them, that pictures are told apart by."""
 
-    def __init__(self, bench: Bench, name: str, pool: Pool) -> None:
-        self.own = bench.world.sprites.where("held", ("3d",), name)[0]
+    def __init__(self, bench: Bench, name: str, pool: Pool, style: str = "3d") -> None:
+        self.own = bench.world.sprites.where("held", (style,), name)[0]
         candidates = torch.stack([_mean_feature(bench, s, 24) for s in pool.look_alikes(self.own)])
         self.bench, self.centre = bench, candidates.mean(0)
         self.unit = nn.functional.normalize(candidates - self.centre, dim=-1)
@@ -181,27 +200,30 @@ def measure(
     *,
     moments: Sequence[int] = (200, 400, 800),
     targets: Sequence[str] = (*ATTENTION, *FEED_FORWARD),
+    style: str = "3d",
 ) -> dict[str, dict[str, float]]:
     """For each subject the share recognised after each number of steps; a sheet of the best into ``out``.
 
-    The sheet has a row of photos above a row of new scenes for every subject.
+    In the style "noto" subject and look-alikes are drawn as no named object was in training. The sheet has a
+    row of photos above a row of new scenes for every subject.
     """
     rows: list[Picture] = []
     table: dict[str, dict[str, float]] = {}
-    pool = Pool.of(bench)
+    pool = Pool.of(bench, style)
     for name in names:
-        subject_, line_up = subject(name), LineUp(bench, name, pool)
+        subject_, line_up = subject(name), LineUp(bench, name, pool, style)
+        photos = photos_of(subject_, bench, style)
         table[name] = {"true": line_up.own_accuracy()}
         best: tuple[float, Picture] | None = None
         prompts = new_scene_prompts(subject_.class_noun, subject_.placeholder)
-        for steps, pipeline in train_lora(subject_, bench, moments=moments, targets=targets):
+        for steps, pipeline in train_lora(subject_, photos, bench, moments=moments, targets=targets):
             made = np.concatenate([generate(bench, pipeline, prompts, seed=s) for s in range(3)])
             table[name][str(steps)] = share = line_up.recognised(made)
             if best is None or share > best[0]:
                 best = (share, made)
         assert best is not None
         typer.echo(f"{name}: {table[name]}", err=True)
-        rows += [photo_array(subject_, bench.preset.px)[:10], best[1][:10]]
+        rows += [photos[:10], best[1][:10]]
     out.parent.mkdir(parents=True, exist_ok=True)
     grid(np.concatenate(rows), 10).save(out, optimize=True)
     return table

@@ -28,7 +28,7 @@ from .device import Compute, choose
 from .export import export_base, export_judge, read_figures, save_codec, write_manifest
 from .figures import Bench, all_figures, load_base
 from .loop import Plan
-from .preset import JUDGE_PX, SHIPPED, SMALL, Preset
+from .preset import JUDGE_PX, SHIPPED, Preset
 from .render import Renderer
 from .sampling import redrawing
 from .world import World
@@ -143,9 +143,7 @@ class Recipe:
 
     def photos(self) -> int:
         """The held-out subjects' photos, into the package data: the same for every preset."""
-        renderer = Renderer(self.sprites, subjects.PHOTO_PX, self.compute.device)
-        folder = Path(__file__).parent / "subjects"
-        return subjects.make_photos(folder, World(SMALL, 0, self.sprites), renderer)
+        return subjects.make_photos(Path(__file__).parent / "subjects", self.sprites)
 
     def bench(self) -> Bench:
         """What figures are measured with."""
