@@ -39,9 +39,12 @@ def clip_dir(version: str = VERSION) -> Path:
     return weights_dir() / version.replace("dinghy", "dinghy-clip")
 
 
-def dino_dir(version: str = VERSION) -> Path:
-    """Directory of a set's judge dinghy-dino (transformers ``Dinov2Model``, image processor)."""
-    return weights_dir() / version.replace("dinghy", "dinghy-dino")
+def dino_dir() -> Path:
+    """Directory of the judge dinghy-dino (transformers ``Dinov2Model``, image processor).
+
+    It reads no words, sees every picture at 64 px and is the same for all presets.
+    """
+    return weights_dir() / VERSION.replace("dinghy", "dinghy-dino")
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def clip(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, bat
 
 
 @app.command()
-def dino(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+def dino(device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
     """Train dinghy-dino, from the committed weights if there are any, and export it into the package data."""
-    _recipe(preset, device, scale, batch).dino()
+    _recipe(DEFAULT, device, scale, batch).dino()
 
 
 @app.command()

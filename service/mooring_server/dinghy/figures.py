@@ -323,7 +323,7 @@ def measure_dino(bench: Bench, each: int = 28) -> dict[str, float]:
     """Nearest-neighbour subject accuracy: held-out subjects in new scenes against their shipped photos."""
     from .judges import load_dino
 
-    model = load_dino(dino_dir(bench.preset.version)).to(bench.compute.device)
+    model = load_dino(dino_dir()).to(bench.compute.device)
     world = bench.world_of(9)
 
     def features(pictures: Iterable[Picture | Image.Image]) -> Tensor:
@@ -354,8 +354,11 @@ def all_figures(bench: Bench, count: int, out: Path) -> dict[str, Any]:
         "base": measure_base(bench, count, out),
         "codec_psnr_db": measure_codec(bench),
     }
-    judges = {"clip": (clip_dir, measure_clip), "dino": (dino_dir, measure_dino)}
+    judges = {
+        "clip": (clip_dir(bench.preset.version), measure_clip),
+        "dino": (dino_dir(), measure_dino),
+    }
     for name, (folder, measure) in judges.items():
-        if folder(bench.preset.version).exists():  # a set may have none of its own
+        if folder.exists():  # not yet trained, where the base has just been
             found[name] = measure(bench)
     return found

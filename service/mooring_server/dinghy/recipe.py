@@ -98,7 +98,7 @@ class Recipe:
         export_judge(clip_dir(self.preset.version), model, parts)
 
     def _export_dino(self, model: Any) -> None:
-        export_judge(dino_dir(self.preset.version), model, [judges.image_processor()])
+        export_judge(dino_dir(), model, [judges.image_processor()])
 
     def _committed(self) -> bool:
         return (base_dir(self.preset.version) / "unet").exists()
@@ -126,9 +126,8 @@ class Recipe:
         self.record("training", clip=loop.figures())
 
     def dino(self) -> None:
-        """dinghy-dino, exported into the package data."""
-        plan = self.plan(judges.DINO_PLAN)
-        folder = dino_dir(self.preset.version)
+        """dinghy-dino, exported into the package data: every preset's, trained on the shipped one's world."""
+        plan, folder = self.plan(judges.DINO_PLAN), dino_dir()
         model, loop = judges.train_dino(
             self.runs / "dino", self.world(5), self.for_judges, self.compute, plan, folder
         )
@@ -166,7 +165,10 @@ class Recipe:
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""
         begun = time.monotonic()
-        for step in (self.photos, self.ruler, self.base, self.decoder, self.clip, self.dino):
+        steps = [self.photos, self.ruler, self.base, self.decoder, self.clip]
+        if self.preset is SHIPPED:
+            steps.append(self.dino)
+        for step in steps:
             step()
             typer.echo(f"{step.__name__} done at {time.monotonic() - begun:.0f} s")
         typer.echo(self.figures(count, out))
