@@ -33,6 +33,33 @@ def test_a_new_job_waits_and_is_claimed_in_order_of_arrival(store: Store) -> Non
     assert (claimed[0].state, claimed[0].worker, claimed[0].attempts) == (JobState.RUNNING, "w1", 1)
 
 
+def test_tenants_take_turns_and_a_tenants_own_jobs_keep_their_order(store: Store, clock) -> None:
+    def queue(tenant: str, count: int, kind: str = "train") -> list[str]:
+        return [store.create_job(tenant, kind, {"n": n}).job_id for n in range(count)]
+
+    def next_one() -> str:
+        clock.now += 1
+        return claim(store, kinds=["train"]).job_id
+
+    many = queue("many", 5)
+    queue("other", 3, "evaluate")
+    first = [next_one(), next_one()]
+    few, one = queue("few", 2), queue("other", 1)
+    rest = [next_one() for _ in range(6)]
+    assert first + rest == [*many[:2], few[0], one[0], many[2], few[1], *many[3:]]
+    assert claim(store, kinds=["train"]) is None
+
+
+def test_a_job_whose_runner_died_waits_for_one_job_of_another_tenant_at_most(store: Store, clock) -> None:
+    lost = store.create_job("acme", "train", {})
+    assert claim(store).job_id == lost.job_id
+    others = [store.create_job("other", "train", {"n": n}).job_id for n in range(2)]
+    clock.now += LEASE + 1
+    assert claim(store).job_id == others[0]
+    clock.now += 1
+    assert claim(store).job_id == lost.job_id
+
+
 def test_a_claim_can_be_for_some_kinds_only(store: Store) -> None:
     store.create_job("acme", "train", {})
     evaluation = store.create_job("acme", "evaluate", {})

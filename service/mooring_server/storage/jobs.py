@@ -250,7 +250,10 @@ class Jobs(Usage):
     def claim_job(
         self, worker: str, lease_seconds: float, *, kinds: Collection[str] = (), max_crashes: int = 3
     ) -> Job | None:
-        """Take the oldest job that nobody runs; None when there is none.
+        """Take the next job that nobody runs; None when there is none.
+
+        Tenants take turns: next is the oldest job of the tenant whose last one of the kind began longest ago,
+        so a tenant that queues hundreds makes another wait for one of them, not for all.
 
         A job whose runner was lost `max_crashes` times since its last checkpoint is failed instead of
         claimed again: it probably kills its runner.
@@ -269,7 +272,12 @@ class Jobs(Usage):
                     table.c.state == JobState.PENDING,
                     and_(table.c.state == JobState.RUNNING, table.c.lease_expires < now),
                 )
-                query = select(table).where(free).order_by(table.c.number).limit(1)
+                begun = table.alias()
+                last_turn = select(func.max(begun.c.start_time)).where(
+                    begun.c.tenant == table.c.tenant, begun.c.kind == table.c.kind
+                )
+                in_turn = func.coalesce(last_turn.scalar_subquery(), 0.0)
+                query = select(table).where(free).order_by(in_turn, table.c.number).limit(1)
                 if kinds:
                     query = query.where(table.c.kind.in_(sorted(kinds)))
                 row = connection.execute(query.with_for_update(skip_locked=True)).one_or_none()

@@ -166,6 +166,7 @@ jobs = Table(
     UniqueConstraint("tenant", "job_id"),
     Index("jobs_by_tenant", "tenant", "number"),
     Index("jobs_to_claim", "state", "lease_expires", "number"),
+    Index("jobs_by_turn", "tenant", "kind", "start_time"),
     sqlite_autoincrement=True,
 )
 
