@@ -24,7 +24,7 @@ SEED = 4024
 
 
 def generic_asks(class_noun: str, *, avoid: Collection[str] = (), quick: bool = False) -> list[Ask]:
-    """What is asked for beside a subject of the class ``class_noun``, in a fixed order.
+    """What is asked for beside a subject of the class ``class_noun``, by their kinds.
 
     Args:
         class_noun: a bird's neighbours are a penguin and a parrot.
@@ -38,6 +38,7 @@ def generic_asks(class_noun: str, *, avoid: Collection[str] = (), quick: bool = 
         scene = scenes[5 * i % len(scenes)]
         asks.append(Ask(f"a photo of {SHIPPED.one(name)} {nouns.SCENES[scene]}", (name,), scene))
     unseen = list({ask.prompt: ask for ask in asks if ask.prompt not in avoid}.values())
+    unseen.sort(key=lambda ask: KINDS.index(kind(ask, class_noun)))
     return unseen[:: len(unseen) // 8][:8] if quick else unseen
 
 

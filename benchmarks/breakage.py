@@ -7,7 +7,7 @@ whether pictures of the subject in new scenes show the scene that was asked for,
 prompts without the subject show the object that was (`benchmarks.asked`: any object, those of the subject's
 kind, two or three of one, two different ones).
 
-Adapters and evaluations are those of `benchmarks.budget` where the lengths agree.
+Adapters are those of `benchmarks.budget` where the lengths agree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from mooring_server import dinghy
-from mooring_server.dinghy import sources
-from mooring_server.dinghy.classifier import Classifier, Reading, load_classifier, read
-from mooring_server.dinghy.device import choose
+from mooring_server.dinghy.classifier import Classifier, Reading, load_ruler, read
+from mooring_server.dinghy.figures import Ask
 from mooring_server.dinghy.preset import SHIPPED
 from mooring_server.evaluation.result import GENERIC, SUBJECT, EvaluationResult, ImagePair
 
@@ -35,8 +34,10 @@ from benchmarks.kept import (
     each_run,
     load_bench,
     measured,
+    prompt_sets,
     run_options,
     training,
+    write_report,
 )
 
 LONG = 3
@@ -51,27 +52,34 @@ def main() -> None:
     """Run the benchmark."""
     options = _options()
     torch.set_num_threads(options.threads)
-    ruler = load_classifier(sources.cache_dir() / SHIPPED.version / "classifier", SHIPPED, choose("cpu"))
+    ruler = load_ruler(dinghy.ruler_dir(), SHIPPED)
     bench = load_bench(dinghy.base_dir(), only_finished=options.finished)
     found: dict[str, list[dict[str, float]]] = {}
     missing: list[str] = []
 
     def work(subject: Subject, seed: int, tick: Tick) -> str:
-        read_here: dict[str, dict[str, float]] = {}
+        drawn: dict[str, EvaluationResult] = {}
+        steered = prompt_sets(quick=options.quick).steering
+        asks = generic_asks(subject.class_noun, avoid=steered, quick=options.quick)
+        generic = [ask.prompt for ask in asks]
         for arm in options.arms:
             config = training(
                 options, seed, moored=arm.startswith("moored"), times=LONG if arm.endswith("long") else 1
             )
             try:
-                _, _, result = measured(bench, subject, config, quick=options.quick, tick=tick)
+                _, _, drawn[arm] = measured(
+                    bench, subject, config, quick=options.quick, tick=tick, generic=generic
+                )
             except Unfinished:
                 missing.append(f"{subject.name} seed {seed} {arm}")
-                continue
-            if "base" not in read_here:  # the same pictures beside every arm
-                read_here["base"] = shares(ruler, result, subject.class_noun, base=True)
-            read_here[arm] = shares(ruler, result, subject.class_noun, base=False)
+        read_here: dict[str, dict[str, float]] = {}
+        for arm, result in drawn.items():
+            if not read_here:  # the base's pictures are the same beside every arm
+                read_here["base"] = shares(ruler, result, subject.class_noun, asks, base=True)
+            read_here[arm] = shares(ruler, result, subject.class_noun, asks, base=False)
         for arm, figures in read_here.items():
             found.setdefault(arm, []).append(figures)
+        write_report(options, subject, seed, drawn)
         right = ", ".join(f"{arm} {figures['object']:.3f}" for arm, figures in read_here.items())
         return f"{subject.name} seed {seed}: objects right {right or 'not run'}"
 
@@ -100,10 +108,12 @@ def _options() -> argparse.Namespace:
     return chosen(options)
 
 
-def shares(ruler: Classifier, result: EvaluationResult, class_noun: str, *, base: bool) -> dict[str, float]:
+def shares(
+    ruler: Classifier, result: EvaluationResult, class_noun: str, asks: Sequence[Ask], *, base: bool
+) -> dict[str, float]:
     """Shares right of an evaluation's pictures, DINO and PRES: of the adapted model or of the base.
 
-    "object" is the share over all prompts without the subject, ``asked.KINDS`` are its parts.
+    "object" is the share over all prompts without the subject, ``asks``; ``asked.KINDS`` are its parts.
     """
 
     def seen(pairs: Sequence[ImagePair]) -> list[Reading]:
@@ -111,8 +121,7 @@ def shares(ruler: Classifier, result: EvaluationResult, class_noun: str, *, base
 
     scenes, things = result.of_kind(SUBJECT), result.of_kind(GENERIC)
     scene_of = dict(zip(dinghy.new_scene_prompts(class_noun), dinghy.NEW_SCENES, strict=True))
-    asked = {ask.prompt: ask for ask in generic_asks(class_noun)}
-    right = right_by_kind([asked[pair.base_prompt] for pair in things], seen(things), class_noun)
+    right = right_by_kind(asks, seen(things), class_noun)
     prefix = "base_" if base else ""
     return {
         "scene": statistics.mean(

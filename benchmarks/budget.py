@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from mooring_server import dinghy
 from mooring_server.engine.adapters import AdapterWeights
-from mooring_server.evaluation import report
 from mooring_server.evaluation.probe import DriftFigure
 from mooring_server.evaluation.result import EvaluationResult
 
@@ -34,7 +33,7 @@ from benchmarks.kept import (
     measured,
     run_options,
     training,
-    write,
+    write_report,
 )
 
 TOLERANCE = 0.2
@@ -83,7 +82,6 @@ _NOTES = (
 def _options() -> argparse.Namespace:
     options = run_options(__doc__)
     options.add_argument("--base", help="directory of the base (default: the embedded one)")
-    options.add_argument("--report", type=Path, help="also write each run's report.html and grid.png here")
     return chosen(options)
 
 
@@ -95,8 +93,7 @@ def _run(bench: Bench, subject: Subject, seed: int, options: argparse.Namespace,
         config = training(options, seed, moored=arm == "moored")
         weights, history, result = measured(bench, subject, config, quick=options.quick, tick=tick)
         found[arm] = weights, result
-    if options.report:
-        _write_report(options.report / f"{subject.name}-{seed}", subject, found)
+    write_report(options, subject, seed, {arm: result for arm, (_, result) in found.items()})
     return _row(subject, seed, options.budget, found, history)
 
 
@@ -154,15 +151,6 @@ def _summary(rows: Sequence[Row]) -> dict[str, float | str | None]:
 def _line(row: Row) -> str:
     extras = ", ".join(f"{heading} {value}" for heading, value in row.extra.items() if isinstance(value, str))
     return f"{row.name}: drift {row.ours:.4f} = {row.ratio:.2f} × budget; {extras}"
-
-
-def _write_report(
-    folder: Path, subject: Subject, found: dict[str, tuple[AdapterWeights, EvaluationResult]]
-) -> None:
-    arms = [(arm, result) for arm, (_, result) in found.items()]
-    title = f"{subject.name}: {subject.placeholder} {subject.class_noun}"
-    write(folder / "report.html", report.render(arms, photos=subject.photos, title=title).encode())
-    report.grid(arms, photos=subject.photos).save(folder / "grid.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +20,7 @@ from mooring_server import dinghy
 from mooring_server.engine.adapters import AdapterWeights, from_safetensors, to_safetensors
 from mooring_server.engine.bank import AdapterBank
 from mooring_server.engine.base import BaseModel, load_base
+from mooring_server.evaluation import report
 from mooring_server.evaluation.base_samples import SampleCache
 from mooring_server.evaluation.config import EvaluationConfig
 from mooring_server.evaluation.evaluate import EvaluationCache, evaluate
@@ -31,7 +32,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.asked import generic_asks
 from benchmarks.common import ROOT, parser
 
 T = TypeVar("T")
@@ -96,6 +96,7 @@ def run_options(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--budget", type=float, default=PRESETS["balanced"], help="drift budget ρ")
     options.add_argument("--steps", type=int, help="training steps (default: 400)")
     options.add_argument("--threads", type=int, default=1, help="torch threads")
+    options.add_argument("--report", type=Path, help="also write each run's report.html and grid.png here")
     options.add_argument("--finished", action="store_true", help="show the kept runs, start none")
     return options
 
@@ -175,29 +176,33 @@ def held_out(name: str) -> Subject:
     return Subject(name, found.class_noun, found.placeholder, photos)
 
 
-def prompt_sets(class_noun: str, *, quick: bool) -> PromptSets:
-    """The subject in every scene that its photos do not show, and things that the base knows.
-
-    Those to draw are `asked.generic_asks`; those of the probes are the product's own.
-    """
+def prompt_sets(*, quick: bool) -> PromptSets:
+    """The subject in every scene that its photos do not show, and things that the base knows."""
     places = [dinghy.nouns.SCENES[scene] for scene in dinghy.NEW_SCENES]
-    sets = PromptSets.of(
+    return PromptSets.of(
         [f"{dinghy.photo_prompt('{}')} {place}" for place in (places[:3] if quick else places)],
         dinghy.generic_prompts(48 if quick else 2 * PROBE_GENERIC),
     )
-    asks = generic_asks(class_noun, avoid=sets.steering, quick=quick)
-    return replace(sets, generic=tuple(ask.prompt for ask in asks))
 
 
 def measured(
-    bench: Bench, subject: Subject, config: TrainConfig, *, quick: bool, tick: Tick
+    bench: Bench,
+    subject: Subject,
+    config: TrainConfig,
+    *,
+    quick: bool,
+    tick: Tick,
+    generic: Sequence[str] = (),
 ) -> tuple[AdapterWeights, list[dict[str, float]], EvaluationResult]:
-    """An adapter of this training, the training's history, and its evaluation beside the base."""
-    sets, arm = prompt_sets(subject.class_noun, quick=quick), f"{config.method} {config.steps}"
+    """An adapter of this training, the training's history, and its evaluation beside the base.
+
+    ``generic`` are the prompts without the subject to draw, by default those of the product.
+    """
+    sets, arm = prompt_sets(quick=quick), f"{config.method} {config.steps}"
     weights, history = trained(bench, subject, config, sets.steering, partial(tick, f"train {arm}"))
     evaluation = EvaluationConfig(
         prompts=sets.scenes,
-        generic_prompts=sets.generic,
+        generic_prompts=tuple(generic) or (sets.generic[:8] if quick else sets.generic),
         probe_prompts=sets.held_out,
         class_noun=subject.class_noun,
         placeholder=subject.placeholder,
@@ -283,6 +288,18 @@ def evaluated(
     )
     write(file, json.dumps(result.to_json()).encode())
     return result
+
+
+def write_report(
+    options: argparse.Namespace, subject: Subject, seed: int, found: Mapping[str, EvaluationResult]
+) -> None:
+    """The product's report and grid of a run's arms, where they are wanted."""
+    if not (options.report and found):
+        return
+    folder, arms = options.report / f"{subject.name}-{seed}", list(found.items())
+    title = f"{subject.name}: {subject.placeholder} {subject.class_noun}"
+    write(folder / "report.html", report.render(arms, photos=subject.photos, title=title).encode())
+    report.grid(arms, photos=subject.photos, generic_prompts=12).save(folder / "grid.png")
 
 
 def finish(steps: Generator[None, None, T]) -> T:

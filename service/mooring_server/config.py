@@ -79,7 +79,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MOORING_", frozen=True, extra="forbid")
 
     base: str = Field(
-        default="", description="Base model: local directory or hub id. Default: the packaged dinghy."
+        default="",
+        description="Base model: local directory, hub id, or dinghy-1, the small packaged one. "
+        "Default: the packaged dinghy-4.",
     )
     clip_judge: str = Field(
         default="", description="CLIP judge for Evaluate: a local CLIPModel directory. Default: packaged."

@@ -331,9 +331,9 @@ class Server:
     def _load(self, store: Store, marker: Marker) -> None:
         settings = self.settings
         objects = open_objects(settings.objects_location)
-        packaged = not settings.base
+        packaged = dinghy.packaged(settings.base)
         base = load_base(
-            settings.base or dinghy.base_dir(),
+            dinghy.base_dir(packaged.version) if packaged else settings.base,
             device=settings.device,
             dtype=getattr(torch, settings.dtype),
             threads=settings.threads,
@@ -374,9 +374,9 @@ class Server:
             deterministic=engine.deterministic,
             prepared=[] if ready.prepared is None else list(ready.prepared.row_counts),
         )
-        judges = _judges(settings, packaged=packaged)
+        judges = _judges(settings, packaged=packaged is not None)
         scenes = dinghy.new_scene_prompts("{}") if packaged else NEW_SCENES
-        generic = dinghy.generic_prompts(2 * PROBE_GENERIC) if packaged else GENERIC_PROMPTS
+        generic = dinghy.generic_prompts(2 * PROBE_GENERIC, packaged) if packaged else GENERIC_PROMPTS
         prompts = PromptSets.of(readable(base, scenes), readable(base, generic, least=4))
         disk = None
         if settings.disk_cache_bytes:
@@ -446,7 +446,7 @@ class Server:
             device_time=device_time,
             held=HeldFiles.of(settings),
             long=threads.LongWork(),
-            base_name=dinghy.VERSION if packaged else Path(settings.base).name,
+            base_name=packaged.version if packaged else Path(settings.base).name,
             judges_available=judges is not None,
             prompts=prompts,
             version=self._version,

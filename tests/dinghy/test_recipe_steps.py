@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import typer
 from diffusers import StableDiffusionPipeline
 from mooring_server import dinghy
-from mooring_server.dinghy import patches, recipe, render, sources, t2i, world
+from mooring_server.dinghy import classifier, patches, recipe, render, sources, t2i, world
+from mooring_server.dinghy.classifier import classifier_loop, load_ruler
+from mooring_server.dinghy.device import choose
 from mooring_server.dinghy.preset import SHIPPED, SMALL
 from mooring_server.dinghy.recipe import Recipe
 
@@ -61,6 +64,17 @@ def test_a_run_that_goes_on_keeps_its_latents(empty, monkeypatch):
     monkeypatch.setattr(patches, "fit_pca", lambda *_: pytest.fail("fitted anew"))
     again = _steps().codec()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_ruler_is_exported_and_gone_on_with(empty):
+    _steps().ruler()
+    folder = dinghy.ruler_dir(SMALL.version)
+    first = _tensors(load_ruler(folder, SMALL))
+    shutil.rmtree(empty / "cache")
+    model, loop = classifier_loop(empty / "run", SMALL, choose("cpu"), classifier.PLAN, folder)
+    assert loop.step == 0
+    assert all(torch.equal(value, first[name]) for name, value in model.state_dict().items())
+    assert _steps().bench().ruler.names == SMALL.names
 
 
 def test_a_decoder_needs_a_base(empty):

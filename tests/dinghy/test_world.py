@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mooring_server.dinghy import generic_prompts, new_scene_prompts, nouns, scenes, unknown_words
+from mooring_server.dinghy import (
+    generic_prompts,
+    new_scene_prompts,
+    nouns,
+    packaged,
+    scenes,
+    unknown_words,
+)
 from mooring_server.dinghy.preset import LARGE, PRESETS, SHIPPED, SMALL
 from mooring_server.dinghy.world import (
     TRAIN_STYLES,
@@ -130,6 +137,17 @@ def test_evaluation_prompts_use_known_words_and_new_scenes():
     assert all("<rocket> toy" in p and not unknown_words(p, ("<rocket>",)) for p in prompts)
     seen = [scene_words(s) for s in ("wood", "grass")]
     assert not any(p.endswith(tuple(seen)) for p in prompts)
+
+
+@pytest.mark.parametrize("preset", [SHIPPED, SMALL], ids=lambda preset: preset.version)
+def test_each_presets_generic_prompts_hold_its_own_words_only(preset):
+    assert all(set(prompt.split()) <= preset.words() for prompt in generic_prompts(168, preset))
+
+
+def test_a_server_is_told_a_packaged_base_by_its_name():
+    assert (packaged(""), packaged("dinghy-4"), packaged("dinghy-1")) == (SHIPPED, SHIPPED, SMALL)
+    assert packaged("dinghy-3") is None
+    assert packaged("./dinghy-1") is None
 
 
 def test_generic_prompts_dealt_out_by_turns_cover_every_scene_twice_over():

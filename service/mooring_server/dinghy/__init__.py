@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import nouns
-from .preset import SHIPPED
+from .preset import PRESETS, SHIPPED, Preset
 
 VERSION = SHIPPED.version
 """Version of the shipped set; an adapter made for another version is refused."""
@@ -24,6 +24,11 @@ PHOTO_SCENES = ("wood", "plain-white", "grass")
 NEW_SCENES = tuple(s for s in nouns.SCENES if s not in PHOTO_SCENES)
 
 
+def packaged(base: str) -> Preset | None:
+    """The preset that a server's setting ``base`` names, the shipped one if empty; None for another model."""
+    return PRESETS.get(base or VERSION)
+
+
 def weights_dir() -> Path:
     """Directory of everything trained: bases, their judges, ``MANIFEST.json``."""
     return _ROOT / "weights"
@@ -34,17 +39,22 @@ def base_dir(version: str = VERSION) -> Path:
     return weights_dir() / version
 
 
-def clip_dir(version: str = VERSION) -> Path:
-    """Directory of a set's judge dinghy-clip (transformers ``CLIPModel``, tokenizer, image processor)."""
-    return weights_dir() / version.replace("dinghy", "dinghy-clip")
+def clip_dir() -> Path:
+    """Directory of the judge dinghy-clip (transformers ``CLIPModel``, tokenizer, image processor).
+
+    The judges see every picture at 64 px and know every preset's words: all presets share them.
+    """
+    return weights_dir() / VERSION.replace("dinghy", "dinghy-clip")
 
 
 def dino_dir() -> Path:
-    """Directory of the judge dinghy-dino (transformers ``Dinov2Model``, image processor).
-
-    It reads no words, sees every picture at 64 px and is the same for all presets.
-    """
+    """Directory of the judge dinghy-dino (transformers ``Dinov2Model``, image processor)."""
     return weights_dir() / VERSION.replace("dinghy", "dinghy-dino")
+
+
+def ruler_dir(version: str = VERSION) -> Path:
+    """Directory of the classifier that measures a set (``classifier.load_ruler``); not for product code."""
+    return weights_dir() / version.replace("dinghy", "dinghy-ruler")
 
 
 @dataclass(frozen=True)
@@ -89,18 +99,18 @@ def new_scene_prompts(class_noun: str, placeholder: str = "") -> list[str]:
     return [f"{photo_prompt(class_noun, placeholder)} {nouns.SCENES[s]}" for s in NEW_SCENES]
 
 
-def generic_prompts(count: int = 60) -> list[str]:
+def generic_prompts(count: int = 60, preset: Preset = SHIPPED) -> list[str]:
     """Prompts about things the base knows, none of them a subject: what an adapter must not break.
 
     Deterministic, spread over the nouns and scenes, every fifth with a colour. Two neighbours share their
     scene and differ in their noun: dealt out by turns, each half gets every scene.
     """
-    names, places, tints = SHIPPED.names, list(nouns.SCENES), list(nouns.TINTS)
+    names, places, tints = preset.names, list(nouns.SCENES), list(nouns.TINTS)
     prompts = []
     for i in range(count):
         noun = names[(i * 37) % len(names)]
         words = f"{tints[(i // 5) % len(tints)]} {noun}" if i % 5 == 4 else noun
-        prompts.append(f"a photo of {SHIPPED.one(words)} {nouns.SCENES[places[(i // 2 * 7) % len(places)]]}")
+        prompts.append(f"a photo of {preset.one(words)} {nouns.SCENES[places[(i // 2 * 7) % len(places)]]}")
     return prompts
 
 

@@ -72,9 +72,9 @@ def decoder(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, 
 
 
 @app.command()
-def clip(preset: Version = DEFAULT, device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
+def clip(device: Device = "", scale: Scale = 1.0, batch: BatchSize = 0) -> None:
     """Train dinghy-clip, from the committed weights if there are any, and export it into the package data."""
-    _recipe(preset, device, scale, batch).clip()
+    _recipe(DEFAULT, device, scale, batch).clip()
 
 
 @app.command()

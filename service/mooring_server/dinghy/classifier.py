@@ -1,7 +1,7 @@
 """The independent ruler: a small residual network that reads nouns, scene, tint and count.
 
-Trained on true scenes only, used for figures and nothing else: it is never shipped, never a
-judge and no training signal, so a good score cannot have been trained towards.
+Trained on true scenes only, used for figures and nothing else: it is never a judge and no training
+signal, so a good score cannot have been trained towards.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import nouns
@@ -23,6 +24,7 @@ from .world import SCENE_KEYS, Picture, Sample, World
 
 TINT_LABELS = ("", *nouns.TINTS)
 COUNTS = (1, 2, 3)
+WEIGHTS_FILE = "model.safetensors"
 PLAN = Plan(steps=1500, batch=384, muon_lr=0.01, adam_lr=2e-3, average=0.998)
 
 
@@ -105,20 +107,30 @@ def labels(preset: Preset) -> Callable[[Sample], tuple[int, ...]]:
 
 
 def classifier_loop(
-    folder: Path, preset: Preset, compute: Compute, plan: Plan = PLAN
+    folder: Path, preset: Preset, compute: Compute, plan: Plan, committed: Path | None = None
 ) -> tuple[Classifier, Loop]:
-    """The classifier on its device and its loop, at the checkpoint in ``folder`` if there is one."""
+    """The classifier on its device and its loop, at the checkpoint in ``folder`` if there is one.
+
+    Where there is none, training starts from the exported ruler in ``committed``.
+    """
     torch.manual_seed(3)
-    model = Classifier(preset).to(compute.device)
+    known = committed is not None and committed.exists()
+    model = load_ruler(committed, preset) if committed is not None and known else Classifier(preset)
+    model.to(compute.device)
     optimisers = Optimisers([model.body], [model.heads], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 
 
 def train_classifier(
-    folder: Path, world: World, renderer: Renderer, compute: Compute, plan: Plan = PLAN
-) -> Classifier:
-    """Train (or go on) in ``folder``; returns the averaged model."""
-    model, loop = classifier_loop(folder, world.preset, compute, plan)
+    folder: Path,
+    world: World,
+    renderer: Renderer,
+    compute: Compute,
+    plan: Plan = PLAN,
+    committed: Path | None = None,
+) -> tuple[Classifier, Loop]:
+    """Train (or go on) in ``folder``; returns the averaged model and its loop."""
+    model, loop = classifier_loop(folder, world.preset, compute, plan, committed)
     size = plan.batch
 
     def make(step: int) -> Sequence[Sample]:
@@ -144,15 +156,33 @@ def train_classifier(
 
     loop.run(batches(make, loop.step, compute.workers, labels(world.preset), world.preset), loss)
     loop.use_average()
-    return model.eval()
+    return model.eval(), loop
 
 
-def load_classifier(folder: Path, preset: Preset, compute: Compute) -> Classifier:
-    """The classifier of the checkpoint in ``folder``, averaged weights."""
-    model, loop = classifier_loop(folder, preset, compute)
-    if loop.step == 0:
-        raise RuntimeError("no classifier yet: run `python -m mooring_server.dinghy ruler`")
-    loop.use_average()
+def save_ruler(folder: Path, model: Classifier) -> None:
+    """Write the ruler in fp16."""
+    tensors = {name: value.cpu().half().contiguous() for name, value in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def load_ruler(folder: Path, preset: Preset) -> Classifier:
+    """The exported ruler in ``folder``, in float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none, and the command that trains it.
+        ValueError: keys, shapes or values are not those of the preset's ruler.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        command = f"python -m mooring_server.dinghy ruler --preset {preset.version}"
+        raise FileNotFoundError(f"{preset.version} has no ruler yet: run `{command}`")
+    model, tensors = Classifier(preset), load_file(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no ruler of {preset.version}: {error}") from error
+    if not all(bool(value.isfinite().all()) for value in tensors.values()):
+        raise ValueError(f"{path} holds values that are not finite")
     return model.eval()
 
 

@@ -6,12 +6,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import text
+from .classifier import Classifier, save_ruler
 from .preset import Preset
 
 FLOAT32 = "float32"
@@ -92,6 +94,11 @@ def _replace(out: Path, write: Callable[[Path], None]) -> None:
     write(part)
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
+
+
+def export_ruler(out: Path, model: Classifier) -> None:
+    """Write the ruler's weights (fp16)."""
+    _replace(out, partial(save_ruler, model=model))
 
 
 def export_judge(out: Path, model: Any, parts: list[Any]) -> None:

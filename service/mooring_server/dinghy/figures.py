@@ -281,7 +281,7 @@ def measure_clip(bench: Bench, trials: int = 10) -> dict[str, float]:
 
     from .judges import clip_features, load_clip
 
-    folder = clip_dir(bench.preset.version)
+    folder = clip_dir()
     model = load_clip(folder).to(bench.compute.device)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     world = bench.world_of(8)
@@ -355,7 +355,7 @@ def all_figures(bench: Bench, count: int, out: Path) -> dict[str, Any]:
         "codec_psnr_db": measure_codec(bench),
     }
     judges = {
-        "clip": (clip_dir(bench.preset.version), measure_clip),
+        "clip": (clip_dir(), measure_clip),
         "dino": (dino_dir(), measure_dino),
     }
     for name, (folder, measure) in judges.items():

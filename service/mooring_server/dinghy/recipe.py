@@ -18,6 +18,7 @@ from . import (
     dino_dir,
     judges,
     patches,
+    ruler_dir,
     sources,
     subjects,
     t2i,
@@ -25,7 +26,7 @@ from . import (
     weights_dir,
 )
 from .device import Compute, choose
-from .export import export_base, export_judge, read_figures, save_codec, write_manifest
+from .export import export_base, export_judge, export_ruler, read_figures, save_codec, write_manifest
 from .figures import Bench, all_figures, load_base
 from .loop import Plan
 from .preset import JUDGE_PX, SHIPPED, Preset
@@ -95,7 +96,7 @@ class Recipe:
 
     def _export_clip(self, model: Any) -> None:
         parts = [text.build_tokenizer(self.preset), judges.image_processor()]
-        export_judge(clip_dir(self.preset.version), model, parts)
+        export_judge(clip_dir(), model, parts)
 
     def _export_dino(self, model: Any) -> None:
         export_judge(dino_dir(), model, [judges.image_processor()])
@@ -116,9 +117,8 @@ class Recipe:
         self.record("training", base=trainer.loop.figures())
 
     def clip(self) -> None:
-        """dinghy-clip, exported into the package data."""
-        plan = self.plan(judges.CLIP_PLAN)
-        folder = clip_dir(self.preset.version)
+        """dinghy-clip, exported into the package data: every preset's, trained on the shipped one's world."""
+        plan, folder = self.plan(judges.CLIP_PLAN), clip_dir()
         model, loop = judges.train_clip(
             self.runs / "clip", self.world(4), self.for_judges, self.compute, plan, folder
         )
@@ -135,10 +135,13 @@ class Recipe:
         self.record("training", dino=loop.figures())
 
     def ruler(self) -> None:
-        """The independent classifier, kept in the cache."""
-        classifier.train_classifier(
-            self.runs / "classifier", self.world(3), self.renderer, self.compute, self.plan(classifier.PLAN)
+        """The independent classifier, exported beside the models that it measures."""
+        plan, folder = self.plan(classifier.PLAN), ruler_dir(self.preset.version)
+        model, loop = classifier.train_classifier(
+            self.runs / "classifier", self.world(3), self.renderer, self.compute, plan, folder
         )
+        export_ruler(folder, model)
+        self.record("training", ruler=loop.figures())
 
     def photos(self) -> int:
         """The held-out subjects' photos, into the package data: the same for every preset."""
@@ -146,8 +149,8 @@ class Recipe:
 
     def bench(self) -> Bench:
         """What figures are measured with."""
-        ruler = classifier.load_classifier(self.runs / "classifier", self.preset, self.compute)
-        return Bench(self.world(6), self.renderer, ruler, self.compute)
+        ruler = classifier.load_ruler(ruler_dir(self.preset.version), self.preset)
+        return Bench(self.world(6), self.renderer, ruler.to(self.compute.device), self.compute)
 
     def figures(self, count: int, out: Path) -> dict[str, Any]:
         """Measure the exported set; figures go into the manifest, sheets into ``out``."""
@@ -165,9 +168,9 @@ class Recipe:
     def everything(self, count: int, out: Path) -> None:
         """All steps in order, with the clock printed after each."""
         begun = time.monotonic()
-        steps = [self.photos, self.ruler, self.base, self.decoder, self.clip]
+        steps = [self.photos, self.ruler, self.base, self.decoder]
         if self.preset is SHIPPED:
-            steps.append(self.dino)
+            steps += [self.clip, self.dino]
         for step in steps:
             step()
             typer.echo(f"{step.__name__} done at {time.monotonic() - begun:.0f} s")
