@@ -104,8 +104,12 @@ _NOTES = (
 
 def _options() -> argparse.Namespace:
     options = run_options(__doc__)
-    options.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="trainings to compare")
-    return chosen(options)
+    options.add_argument(
+        "--arms", nargs="+", choices=ARMS, help="trainings to compare (default: all; --quick: none moored)"
+    )
+    found = chosen(options)
+    found.arms = found.arms or list(ARMS[:2] if found.quick else ARMS)
+    return found
 
 
 def shares(
