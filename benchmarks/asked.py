@@ -1,8 +1,8 @@
 """Prompts without a subject whose pictures a classifier can read: what an adapter may break.
 
-Product code steers and probes on one object in one scene. Here half of the prompts ask for more than that:
-two different objects, or two or three of one, and things of the subject's own kind. On a good base these are
-where a change shows first, as a large model's text and hands go before its landscapes do.
+Product code steers and probes on one object in one scene. Here two thirds of the prompts ask for more than
+that, two different objects or two or three of one, and some for things of the subject's own kind. On a good
+base these are where a change shows first, as a large model's text and hands go before its landscapes do.
 """
 
 from __future__ import annotations
