@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mooring_kernels.arena import ArenaLayout, LayerShape
 from mooring_kernels.multi_lora import multi_lora_, multi_lora_shared_, stacked
 from mooring_kernels.multi_lora.reference import reference, reference_gradients
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SLOTS = 5
 
 
@@ -27,9 +27,10 @@ def arena(out=12, in_=10, rank=3, *, slots=SLOTS, layers=2, seed=0, dtype=torch.
     return layout, flat
 
 
-def close(found, expected, dtype):
+def close(found, expected, dtype, summed=None):
+    """Within the rounding of ``dtype``, as a share of the largest value; of ``summed`` where terms cancel."""
     found, expected = found.detach(), expected.detach()
-    scale = expected.abs().max().clamp_min(1.0)
+    scale = (expected.abs() if summed is None else summed.detach()).max().clamp_min(1.0)
     return float((found.double() - expected).abs().max() / scale) <= TOLERANCE[dtype]
 
 
@@ -53,7 +54,15 @@ def cases(draw):
     }
 
 
+CANCELLING = {
+    "slots": [0, 0, 0, 0, 4, 0], "scales": [0.0, 0.0, 0.0, 0.0, 1.0, 0.0], "tokens": None, "in_": 1,
+    "out": 65, "rank": 3, "dtype": torch.bfloat16, "factor_dtype": torch.float32, "seed": 1,
+}  # fmt: skip
+"""Terms of 9.2 and -7.4 sum to 1.6: their rounding in bfloat16 is 5 % of it."""
+
+
 @given(cases())
+@example(CANCELLING)
 @settings(max_examples=150, deadline=None)
 def test_forward_and_gradients_are_the_references(case):
     layout, flat = arena(
@@ -67,14 +76,23 @@ def test_forward_and_gradients_are_the_references(case):
     plain = torch.randn(rows, *middle, case["out"], generator=generator).to(dtype)
     slots, scales = torch.tensor(case["slots"]), torch.tensor(case["scales"])
     found = multi_lora_(plain.clone(), x, A, B, slots, scales)
-    assert close(found.detach(), reference(plain, x.detach(), A, B, case["slots"], case["scales"]), dtype)
-
     grad = torch.randn(found.shape, generator=generator).to(dtype)
     grads = torch.autograd.grad(found, (x, A, B), grad)
-    expected = reference_gradients(grad, x.detach(), A.detach(), B.detach(), case["slots"], case["scales"])
+
     worst = max(dtype, case["factor_dtype"], key=TOLERANCE.__getitem__)
-    for ours, exact in zip(grads, expected, strict=True):
-        assert close(ours, exact, worst)
+    values = plain, grad, x.detach(), A.detach(), B.detach()
+    exact = _exact(values, case["slots"], case["scales"])
+    # what is rounded are the terms, which may be many times their sum
+    summed = _exact([value.abs() for value in values], case["slots"], [abs(c) for c in case["scales"]])
+    assert close(found, exact[0], dtype, summed[0])
+    for ours, wanted, size in zip(grads, exact[1:], summed[1:], strict=True):
+        assert close(ours, wanted, worst, size)
+
+
+def _exact(values, slots, scales):
+    """Output and the three gradients in float64."""
+    plain, grad, x, A, B = values
+    return reference(plain, x, A, B, slots, scales), *reference_gradients(grad, x, A, B, slots, scales)
 
 
 @pytest.mark.parametrize("slots", [[1, 1, 1], [3, 0, 2], [2, 4, 2], 3])
