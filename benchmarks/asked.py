@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from mooring_server.dinghy import nouns
+from mooring_server.dinghy import nouns, photo_prompt
 from mooring_server.dinghy.classifier import Reading
 from mooring_server.dinghy.figures import Ask, fresh_asks, object_right, relation_asks
 from mooring_server.dinghy.preset import SHIPPED
@@ -36,7 +36,7 @@ def generic_asks(class_noun: str, *, avoid: Collection[str] = (), quick: bool = 
     asks = [*fresh_asks(SHIPPED, SINGLE, SEED), *relation_asks(SHIPPED, RELATIONS, SEED)]
     for i, name in enumerate(kin):
         scene = scenes[5 * i % len(scenes)]
-        asks.append(Ask(f"a photo of {SHIPPED.one(name)} {nouns.SCENES[scene]}", (name,), scene))
+        asks.append(Ask(f"{photo_prompt(name)} {nouns.SCENES[scene]}", (name,), scene))
     unseen = list({ask.prompt: ask for ask in asks if ask.prompt not in avoid}.values())
     unseen.sort(key=lambda ask: KINDS.index(kind(ask, class_noun)))
     return unseen[:: len(unseen) // 8][:8] if quick else unseen

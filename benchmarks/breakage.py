@@ -95,7 +95,7 @@ def main() -> None:
 
 _NOTES = (
     "ours: share of right objects on prompts without the subject; peer: the untouched base's, same seeds.",
-    "Its parts: any one object; one of the subject's kind (its class noun); two or three of one; two of two.",
+    "Its parts: any object; one of the subject's kind (class noun); two or three of one; two different ones.",
     "scene: share of right scenes on prompts of the subject in scenes that its photos do not show.",
     "DINO: likeness to the photos there. PRES: likeness of the bare class to them; lower is better.",
     "lowest: the worst of the runs' shares of right objects.",

@@ -1,11 +1,7 @@
-"""The ruler's file: written, read back, refused when it is not what it says; read by nothing that serves."""
+"""The ruler's file: written, read back, refused when it is not what it says."""
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
-import mooring_server
 import numpy as np
 import pytest
 import torch
@@ -48,26 +44,6 @@ def test_a_ruler_with_values_that_are_not_finite_is_refused(tmp_path):
     save_file(tensors, tmp_path / WEIGHTS_FILE)
     with pytest.raises(ValueError, match="not finite"):
         load_ruler(tmp_path, SMALL)
-
-
-def _imported(path: Path) -> set[str]:
-    """Every part of the names that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
-            found |= {part for name in names for part in name.split(".")}
-    return found
-
-
-def test_nothing_that_trains_serves_or_judges_imports_the_ruler():
-    root = Path(mooring_server.__file__).parent
-    found = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*.py")
-        if _imported(path) & {"classifier", "ruler_dir"}
-    }
-    assert found == {f"dinghy/{name}.py" for name in ("export", "figures", "recipe")}
 
 
 def test_the_shipped_ruler_reads_scenes_of_subjects_that_it_never_saw():

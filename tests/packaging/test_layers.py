@@ -123,6 +123,15 @@ def test_parts_import_only_what_lies_below(part: str) -> None:
     assert not found
 
 
+def test_nothing_that_trains_serves_or_judges_imports_the_ruler() -> None:
+    found = {
+        path.relative_to(SERVER).as_posix()
+        for path, package in files(SERVER, "mooring_server")
+        if any({"classifier", "ruler_dir"} & set(name.split(".")) for name in imports(path, package))
+    }
+    assert found == {f"dinghy/{name}.py" for name in ("export", "figures", "recipe")}
+
+
 def test_kernels_know_only_torch_and_triton() -> None:
     allowed = {"torch", "triton", "numpy", "mooring_kernels"}
     found = {

@@ -114,9 +114,8 @@ def classifier_loop(
     Where there is none, training starts from the exported ruler in ``committed``.
     """
     torch.manual_seed(3)
-    known = committed is not None and committed.exists()
-    model = load_ruler(committed, preset) if committed is not None and known else Classifier(preset)
-    model.to(compute.device)
+    known = load_ruler(committed, preset) if committed is not None and committed.exists() else None
+    model = (Classifier(preset) if known is None else known).to(compute.device)
     optimisers = Optimisers([model.body], [model.heads], plan.muon_lr, plan.adam_lr)
     return model, Loop(folder, {"model": model}, optimisers, plan)
 

@@ -354,10 +354,7 @@ def all_figures(bench: Bench, count: int, out: Path) -> dict[str, Any]:
         "base": measure_base(bench, count, out),
         "codec_psnr_db": measure_codec(bench),
     }
-    judges = {
-        "clip": (clip_dir(), measure_clip),
-        "dino": (dino_dir(), measure_dino),
-    }
+    judges = {"clip": (clip_dir(), measure_clip), "dino": (dino_dir(), measure_dino)}
     for name, (folder, measure) in judges.items():
         if folder.exists():  # not yet trained, where the base has just been
             found[name] = measure(bench)

@@ -29,7 +29,7 @@ from . import (
     text,
 )
 from .figures import Bench, generate, grid, load_base
-from .render import Renderer, from_uint8
+from .render import from_uint8
 from .t2i import build_scheduler
 from .world import Picture
 
@@ -50,14 +50,11 @@ def photos_of(one: HeldOutSubject, bench: Bench, style: str = "3d") -> Picture:
     Raises:
         ValueError: the subject is not drawn in ``style``.
     """
-    if style == "3d":
-        images = [Image.open(path).convert("RGB") for path in one.photos]
-    else:
-        sprites = bench.world.sprites
-        drawn = subjects.photos(one.name, sprites, Renderer(sprites, subjects.PHOTO_PX), style)
-        images = [Image.fromarray(picture) for picture in drawn]
+    if style != "3d":
+        return subjects.photos(one.name, bench.world.sprites, bench.renderer, style)
     size = (bench.preset.px, bench.preset.px)
-    return np.stack([np.asarray(image.resize(size, Image.Resampling.BOX)) for image in images])
+    images = [Image.open(path).convert("RGB").resize(size, Image.Resampling.BOX) for path in one.photos]
+    return np.stack([np.asarray(image) for image in images])
 
 
 def train_lora(
@@ -143,6 +140,7 @@ class Pool:
     ``means`` is ``[len(sprites), 256]``, each over the same six new scenes.
     """
 
+    style: str
     sprites: list[int]
     means: Tensor
 
@@ -151,7 +149,7 @@ class Pool:
         """The pool of a world; some thousand pictures are drawn and read."""
         every = bench.world.sprites
         found = [i for role in ("named", "extra", "held") for i in every.where(role, (style,))]
-        return Pool(found, torch.stack([_mean_feature(bench, sprite, 6) for sprite in found]))
+        return Pool(style, found, torch.stack([_mean_feature(bench, sprite, 6) for sprite in found]))
 
     def look_alikes(self, own: int, count: int = LOOK_ALIKES) -> list[int]:
         """Sprite ``own``, then the ``count`` - 1 others nearest to it for the encoder."""
@@ -177,8 +175,8 @@ def _mean_feature(bench: Bench, sprite: int, count: int) -> Tensor:
 class LineUp:
     """Twenty look-alikes, the subject among them, that pictures are told apart by."""
 
-    def __init__(self, bench: Bench, name: str, pool: Pool, style: str = "3d") -> None:
-        self.own = bench.world.sprites.where("held", (style,), name)[0]
+    def __init__(self, bench: Bench, name: str, pool: Pool) -> None:
+        self.own = bench.world.sprites.where("held", (pool.style,), name)[0]
         candidates = torch.stack([_mean_feature(bench, s, 24) for s in pool.look_alikes(self.own)])
         self.bench, self.centre = bench, candidates.mean(0)
         self.unit = nn.functional.normalize(candidates - self.centre, dim=-1)
@@ -211,7 +209,7 @@ def measure(
     table: dict[str, dict[str, float]] = {}
     pool = Pool.of(bench, style)
     for name in names:
-        subject_, line_up = subject(name), LineUp(bench, name, pool, style)
+        subject_, line_up = subject(name), LineUp(bench, name, pool)
         photos = photos_of(subject_, bench, style)
         table[name] = {"true": line_up.own_accuracy()}
         best: tuple[float, Picture] | None = None

@@ -145,7 +145,8 @@ class Recipe:
 
     def photos(self) -> int:
         """The held-out subjects' photos, into the package data: the same for every preset."""
-        return subjects.make_photos(Path(__file__).parent / "subjects", self.sprites)
+        renderer = Renderer(self.sprites, subjects.PHOTO_PX, self.compute.device)
+        return subjects.make_photos(Path(__file__).parent / "subjects", self.sprites, renderer)
 
     def bench(self) -> Bench:
         """What figures are measured with."""

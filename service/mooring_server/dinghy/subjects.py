@@ -36,12 +36,12 @@ def photos(name: str, sprites: Sprites, renderer: Renderer, style: str = "3d") -
     return renderer.pictures(samples)
 
 
-def make_photos(out: Path, sprites: Sprites) -> int:
+def make_photos(out: Path, sprites: Sprites, renderer: Renderer) -> int:
     """Write ``out/<subject>/photo_XX.png`` and ``subject.json`` for every held-out subject.
 
     Returns the number of pictures.
     """
-    package, renderer = PACKAGES["3d"], Renderer(sprites, PHOTO_PX)
+    package = PACKAGES["3d"]
     for subject in nouns.HELD_OUT:
         folder = out / subject.name
         folder.mkdir(parents=True, exist_ok=True)
